@@ -1,0 +1,115 @@
+"""The definition of every op, in plain PyTorch: what the fused kernels must equal.
+
+Read this file to know what an op computes. Masks are gates in [0, 1]; ``None`` means all ones and costs nothing.
+Arithmetic runs in the inputs' precision, or float32 where the inputs are 16 bit; results return in the inputs' dtype.
+Every function is differentiable in every tensor argument.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float32 if it has 16 bits, else as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_mask: Tensor | None = None,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention with one gate per query head: ``softmax(q k^T / sqrt(head_dim)) v * head_mask``.
+
+    q: [batch, time, heads, head_dim]; k, v: [batch, time, kv_heads, head_dim], each key-value head serving
+    ``heads / kv_heads`` consecutive query heads. head_mask: [heads]. cu_seqlens: [documents + 1] int32, ends of
+    documents in the flattened batch * time axis, first entry 0: attention does not cross them.
+    Returns [batch, time, heads, head_dim].
+    """
+    batch, time, heads, _ = q.shape
+    if cu_seqlens is None:
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, enable_gqa=k.shape[2] != heads
+        ).transpose(1, 2)
+    else:
+        token = torch.arange(batch * time, device=q.device)
+        document = torch.bucketize(token, cu_seqlens[1:].to(token.dtype), right=True).view(batch, 1, time)
+        allowed = document.transpose(1, 2) == document
+        if causal:
+            allowed = allowed & torch.ones(time, time, dtype=torch.bool, device=q.device).tril()
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=allowed[:, None],
+            enable_gqa=k.shape[2] != heads,
+        ).transpose(1, 2)
+    return out if head_mask is None else (_wide(out) * head_mask[:, None]).to(q.dtype)
+
+
+def masked_swiglu(gate: Tensor, up: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up * mask``. gate, up: [..., ffn]; mask: [ffn]. Returns [..., ffn]."""
+    out = F.silu(_wide(gate)) * _wide(up)
+    return (out if mask is None else out * mask).to(gate.dtype)
+
+
+def masked_rms_norm(x: Tensor, weight: Tensor, hidden_mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Root-mean-square norm over the kept width: ``x / sqrt(sum(x^2) / width + eps) * weight * hidden_mask``.
+
+    x: [..., hidden], already zero where hidden_mask is; weight, hidden_mask: [hidden]. ``width`` is the number of
+    entries of hidden_mask that are not zero, so the masked norm is the norm of the model that lacks the others.
+    Returns [..., hidden].
+    """
+    wide = _wide(x)
+    if hidden_mask is None:
+        mean_square = wide.square().sum(-1, keepdim=True) / x.shape[-1]
+        scale = _wide(weight)
+    else:
+        mean_square = wide.square().sum(-1, keepdim=True) / (hidden_mask != 0).sum()
+        scale = _wide(weight) * hidden_mask
+    return (wide * torch.rsqrt(mean_square + eps) * scale).to(x.dtype)
+
+
+def gated_residual(
+    residual: Tensor, branch: Tensor, hidden_mask: Tensor | None = None, layer_gate: Tensor | None = None
+) -> Tensor:
+    """``residual + branch * layer_gate * hidden_mask``. residual, branch: [..., hidden]; hidden_mask: [hidden];
+    layer_gate: 0-d. Returns [..., hidden]."""
+    out = _wide(branch)
+    if layer_gate is not None:
+        out = out * layer_gate
+    if hidden_mask is not None:
+        out = out * hidden_mask
+    return (_wide(residual) + out).to(residual.dtype)
+
+
+def add_rms_norm(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    hidden_mask: Tensor | None = None,
+    layer_gate: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """``gated_residual`` and the ``masked_rms_norm`` of its result, together: returns (new residual, normed)."""
+    stream = gated_residual(residual, branch, hidden_mask, layer_gate)
+    return stream, masked_rms_norm(stream, weight, hidden_mask, eps)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding, half-rotation convention of Hugging Face's LLaMA.
+
+    q: [batch, time, heads, head_dim]; k: [batch, time, kv_heads, head_dim]; cos, sin: [time, head_dim / 2] (or
+    [batch, time, head_dim / 2] where positions differ by row). Returns (q, k) rotated.
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # broadcast over heads
+
+    def turn(x: Tensor) -> Tensor:
+        first, second = _wide(x).chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+    return turn(q), turn(k)

@@ -113,3 +113,13 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
     return turn(q), turn(k)
+
+
+def vocab_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of every token against a whole LM head, with all logits in memory at once.
+
+    x: [tokens, hidden]; weight: [vocab, hidden]; labels: [tokens] int64, negative where the token does not count.
+    Returns [tokens] in float32 (float64 for float64 inputs), 0 where the label is negative.
+    """
+    logits = _wide(x) @ _wide(weight).t()
+    return F.cross_entropy(logits, labels.where(labels >= 0, -100), reduction="none", ignore_index=-100)

@@ -1,0 +1,166 @@
+"""Texts out of files: one function a format, all of them strict about what they cannot read.
+
+Compressed files (.gz, .zst, .bz2, .xz) are read as they are, local paths or any URL that fsspec knows.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, Literal, cast
+
+import fsspec  # type: ignore[import-untyped]
+
+Format = Literal["jsonl", "parquet", "text", "datasets"]
+
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".arrow": "datasets",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file, or the lines of one that begin at bytes [start, stop)."""
+
+    path: str
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where in a record the text is, and which records count. Names may be dotted: ``meta.source``."""
+
+    text: str
+    where: tuple[tuple[str, str], ...] = ()
+
+    def columns(self) -> list[str]:
+        return sorted({name.split(".")[0] for name in (self.text, *(name for name, _ in self.where))})
+
+    def pick(self, record: Any, place: str) -> str | None:
+        """The text of a record, None for one that ``where`` leaves out. ValueError when the field is missing."""
+        for name, value in self.where:
+            if str(_dig(record, name)) != value:
+                return None
+        text = _dig(record, self.text)
+        if text is _ABSENT or not isinstance(text, str | None):
+            known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(
+                f"{place} has no text field {self.text!r}; its fields are {known}, set `text` to one of them"
+            )
+        return text or ""
+
+
+_ABSENT = object()
+DAMAGED = object()  # stands for a record that could not be read
+
+
+def _dig(record: Any, name: str) -> Any:
+    for part in name.split("."):
+        if not isinstance(record, dict) or part not in record:
+            return _ABSENT
+        record = record[part]
+    return record
+
+
+def compression(path: str) -> str | None:
+    return COMPRESSED.get(PurePath(path).suffix)
+
+
+def format_of(path: str) -> Format | None:
+    """The format a file's name tells, compression left aside."""
+    name = PurePath(path)
+    return SUFFIXES.get(name.with_suffix("").suffix if compression(path) else name.suffix)
+
+
+def read(piece: Piece, format: Format, fields: Fields) -> Iterator[str | object]:
+    """The texts of a piece in order ("" for an empty one), with DAMAGED in place of each unreadable record."""
+    reader: Callable[[Piece, Fields], Iterator[str | object | None]] = _READERS[format]
+    return (text for text in reader(piece, fields) if text is not None)
+
+
+def _jsonl(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
+    import orjson
+
+    with fsspec.open(piece.path, "rb", compression=compression(piece.path)) as lines:
+        position = piece.start
+        if position:  # the line that is under way belongs to the piece before
+            lines.seek(position - 1)
+            position += len(lines.readline()) - 1
+        while piece.stop is None or position < piece.stop:
+            line = lines.readline()
+            if not line:
+                return
+            start, position = position, position + len(line)
+            if line.isspace():
+                continue
+            try:
+                record = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                yield DAMAGED
+                continue
+            yield fields.pick(record, f"the record at byte {start} of {piece.path}")
+
+
+def _parquet(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
+    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+
+    with fsspec.open(piece.path, "rb") as stream, parquet.ParquetFile(stream) as table:
+        columns = set(fields.columns()) & set(table.schema_arrow.names)
+        if fields.text.split(".")[0] not in columns:
+            fields.pick(dict.fromkeys(table.schema_arrow.names), f"parquet file {piece.path}")
+        for batch in table.iter_batches(batch_size=1000, columns=sorted(columns)):
+            for record in batch.to_pylist():
+                yield fields.pick(record, f"a row of {piece.path}")
+
+
+def _datasets(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
+    """What ``Dataset.save_to_disk`` writes: Arrow streams."""
+    import pyarrow
+
+    with pyarrow.memory_map(piece.path) as stream, pyarrow.ipc.open_stream(stream) as table:
+        for batch in table:
+            columns = [name for name in fields.columns() if name in batch.schema.names] or batch.schema.names
+            for record in batch.select(columns).to_pylist():
+                yield fields.pick(record, f"a row of {piece.path}")
+
+
+def _text(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
+    """The whole file is one document."""
+    with fsspec.open(piece.path, "rb", compression=compression(piece.path)) as stream:
+        try:
+            yield cast(bytes, stream.read()).decode()
+        except UnicodeDecodeError:
+            yield DAMAGED
+
+
+_READERS = {"jsonl": _jsonl, "parquet": _parquet, "text": _text, "datasets": _datasets}
+
+
+def cut(text: str, longest: int | None) -> Iterator[str]:
+    """``text`` in pieces of at most ``longest`` characters, cut after a blank line, a line or a space where one is."""
+    while longest and len(text) > longest:
+        end = longest
+        for mark in ("\n\n", "\n", " "):
+            if (found := text.rfind(mark, longest // 2, longest)) >= 0:
+                end = found + len(mark)
+                break
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
+def fingerprint(text: str) -> bytes:
+    """16 bytes that two documents share only if their texts are equal."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def is_held_out(fingerprint: bytes, share: float) -> bool:
+    """Whether a document is for evaluation: a function of its text alone, whatever file or domain it is in."""
+    return int.from_bytes(fingerprint[:8], "little") < share * 2**64

@@ -1,0 +1,72 @@
+"""How much there is of each domain."""
+
+from pathlib import Path
+
+import numpy as np
+
+from shear_tron.data.manifest import Manifest
+
+
+def stats(folder: str, picture: str | None = None) -> str:
+    """A table of tokens and documents by domain; with ``picture``, a PNG of token counts and document lengths too."""
+    manifest = Manifest.read(folder)
+    rows = [("domain", "tokens", "share", "documents", "median", "90 %", "held out", "empty", "damaged", "duplicates")]
+    lengths = {name: _lengths(manifest, name) for name in manifest.domains}
+    total = sum(domain.tokens() for domain in manifest.domains.values())
+    for name, domain in manifest.domains.items():
+        median, ninety = (f"{np.quantile(lengths[name], q):,.0f}" if len(lengths[name]) else "-" for q in (0.5, 0.9))
+        rows.append(
+            (
+                name,
+                f"{domain.tokens():,}",
+                f"{domain.tokens() / max(total, 1):.1%}",
+                f"{domain.documents():,}",
+                median,
+                ninety,
+                f"{domain.tokens('held_out'):,}",
+                f"{domain.empty:,}",
+                f"{domain.damaged:,}",
+                f"{domain.duplicates:,}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(cells))
+        for cells in ([*zip(row, widths, strict=True)] for row in rows)
+    ]
+    if picture:
+        _draw(manifest, lengths, picture)
+    return "\n".join(lines)
+
+
+def _lengths(manifest: Manifest, name: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Tokens of each training document, from the shards' indexes."""
+    lengths = [
+        np.diff(np.fromfile(Path(manifest.folder) / f"{shard.file}.index", dtype="<u8"), prepend=np.uint64(0))
+        for shard in manifest.domains[name].train
+    ]
+    return np.concatenate([*lengths, np.empty(0, np.uint64)]).astype(np.int64)
+
+
+def _draw(manifest: Manifest, lengths: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]], picture: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.5 * len(lengths) + 2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = list(lengths)[::-1]
+    left.barh(names, [manifest.domains[name].tokens() for name in names], color="#4477aa", label="train")
+    left.barh(
+        names,
+        [manifest.domains[name].tokens("held_out") for name in names],
+        left=[manifest.domains[name].tokens() for name in names],
+        color="#ee6677",
+        label="held out",
+    )
+    left.set_xlabel("tokens")
+    left.legend()
+    right.boxplot(
+        [lengths[name] for name in names], orientation="horizontal", tick_labels=names, whis=(5, 95), showfliers=False
+    )
+    right.set_xscale("log")
+    right.set_xlabel("tokens a document (box: middle half, whiskers: 5 to 95 %)")
+    figure.savefig(picture, dpi=120)

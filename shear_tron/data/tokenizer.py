@@ -1,0 +1,115 @@
+"""Text to token ids, always by the tokenizer's own library.
+
+A ``tokenizer.json`` goes through `tokenizers`, a SentencePiece ``tokenizer.model`` through `sentencepiece` itself:
+converting one into the other changes ids (merge order, white-space runs) in most documents.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+
+class Tokenizer:
+    """A tokenizer.json, a SentencePiece ``*.model`` file, or a folder that holds one (tokenizer.json first).
+
+    Text that spells a special token ("<|endoftext|>") is encoded as plain text, and no post-processor runs: which
+    special tokens a document gets is decided by whoever calls, never by the text.
+
+    ``sha256`` identifies what decides the ids, so a re-saved or re-indented tokenizer.json keeps it. ``vocab`` is the
+    largest id plus one. ``bos`` and ``eos`` are token strings or None. Raises ValueError when no tokenizer is there.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        file = self._find(Path(path))
+        if file.suffix == ".json":
+            self._load_json(file)
+        else:
+            self._load_sentencepiece(file)
+
+    @staticmethod
+    def _find(path: Path) -> Path:
+        if path.is_file():
+            return path
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (path / name).is_file():
+                return path / name
+        raise ValueError(
+            f"tokenizer={path} is not a tokenizer; give a tokenizer.json, a tokenizer.model or their folder"
+        )
+
+    def _load_json(self, file: Path) -> None:
+        from tokenizers import Tokenizer as Library
+
+        content = file.read_bytes()
+        try:
+            self._library: Any = Library.from_str(content.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"tokenizer={file} cannot be read ({error}); use a complete tokenizer.json") from error
+        self._library.no_truncation()
+        self._library.no_padding()
+        self._library.encode_special_tokens = True
+        self._ids: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
+        decisive = {key: value for key, value in json.loads(content).items() if key not in _INDECISIVE}
+        self.sha256 = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        self.vocab = max(self._ids.values()) + 1
+        self.bos, self.eos = (_special_token(file.parent, name) for name in ("bos_token", "eos_token"))
+        self._encode = self._encode_json
+
+    def _load_sentencepiece(self, file: Path) -> None:
+        import sentencepiece
+
+        content = file.read_bytes()
+        try:
+            self._library = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise ValueError(f"tokenizer={file} cannot be read ({error}); use a SentencePiece model") from error
+        self.vocab = self._library.vocab_size()
+        self._ids = {self._library.id_to_piece(i): i for i in range(self.vocab)}
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.bos, self.eos = (
+            self._library.id_to_piece(i) if i >= 0 else None for i in (self._library.bos_id(), self._library.eos_id())
+        )
+        self._encode = self._encode_sentencepiece
+
+    def _encode_json(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode_sentencepiece(self, texts: list[str]) -> list[list[int]]:
+        return cast(list[list[int]], self._library.encode(texts, num_threads=1))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with no special tokens added."""
+        return self._encode(list(texts))
+
+    def id(self, token: str) -> int:
+        """The id of a token string. Raises ValueError for a token that is not in the vocabulary."""
+        if token not in self._ids:
+            near = difflib.get_close_matches(token, [t for t in self._ids if t.startswith(token[:1])], n=3, cutoff=0.3)
+            hint = f"; near it are {', '.join(near)}" if near else ""
+            raise ValueError(f"token {token!r} is not in the vocabulary of tokenizer={self.path}{hint}")
+        return self._ids[token]
+
+
+# Parts of a tokenizer.json that do not change the ids of plain text.
+_INDECISIVE = {"version", "truncation", "padding", "post_processor", "decoder"}
+
+
+def _special_token(folder: Path, name: str) -> str | None:
+    """What a Hugging Face folder calls its ``bos_token`` or ``eos_token``."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / file).is_file():
+            token = json.loads((folder / file).read_text()).get(name)
+            if token is not None:
+                return str(token["content"] if isinstance(token, dict) else token)
+    return None
+
+
+@cache
+def load(path: str) -> Tokenizer:
+    """The tokenizer at ``path``, read once a process."""
+    return Tokenizer(path)

@@ -1,0 +1,172 @@
+"""LLaMA with masks as an argument: a dense model is the same code with None.
+
+The residual stream is [tokens, hidden], tokens being batch x time flattened (this rank's share of them under sequence
+parallelism); only attention sees [batch, time]. Parameters carry the names of ``shear_tron.params``.
+"""
+
+from typing import cast
+
+import shear_kernels
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from shear_tron.masks import LayerMasks, Masks
+from shear_tron.model.loss import next_token_loss
+from shear_tron.model.rope import rope_table
+from shear_tron.model.split import Whole
+from shear_tron.params import BY_LEAF, LAYER_TABLE, Param, table
+from shear_tron.shape import Architecture
+
+
+class Layer(nn.Module):
+    """One transformer layer: attention and gated MLP, each behind a norm and added to the residual stream."""
+
+    attn_norm: Tensor
+    mlp_norm: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def __init__(self, architecture: Architecture, split: Whole, checkpointing: str = "none") -> None:
+        super().__init__()
+        self.architecture, self.split, self.checkpointing = architecture, split, checkpointing
+        for row in LAYER_TABLE:
+            self.register_parameter(row.leaf, _parameter(row, architecture))
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], masks: LayerMasks) -> Tensor:
+        """x: [tokens, hidden]; angles: (cos, sin), each [time, head_dim / 2]. Returns the new residual stream."""
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._forward(x, angles, masks)
+        contexts = {"context_fn": _keep_matmuls} if self.checkpointing == "selective" else {}
+        return cast(Tensor, checkpoint(self._forward, x, angles, masks, use_reentrant=False, **contexts))
+
+    def _forward(self, x: Tensor, angles: tuple[Tensor, Tensor], masks: LayerMasks) -> Tensor:
+        split, eps = self.split, self.architecture.norm_eps
+        w = {row.leaf: split.weight(getattr(self, row.leaf), row) for row in LAYER_TABLE}
+        hidden, layer = split.shared(masks.hidden), split.shared(masks.layer)
+
+        normed = shear_kernels.masked_rms_norm(x, w["attn_norm"], hidden, eps)
+        attended = split.leave(self._attention(split.enter(normed), angles, w, split.part(masks.heads)))
+        x, normed = shear_kernels.add_rms_norm(x, attended, w["mlp_norm"], hidden, layer, eps)
+        fed = split.leave(self._mlp(split.enter(normed), w, split.part(masks.ffn)))
+        return shear_kernels.gated_residual(x, fed, hidden, layer)
+
+    def _attention(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], w: dict[str, Tensor], heads: Tensor | None
+    ) -> Tensor:
+        time = angles[0].shape[0]
+        q, k, v = (
+            F.linear(x, w[name]).view(-1, time, w[name].shape[0] // self.head_dim, self.head_dim) for name in "qkv"
+        )
+        q, k = shear_kernels.rope(q, k, *angles)
+        out = shear_kernels.masked_attention(q, k, v, heads)
+        return F.linear(out.flatten(2).flatten(0, 1), w["o"])
+
+    def _mlp(self, x: Tensor, w: dict[str, Tensor], ffn: Tensor | None) -> Tensor:
+        return F.linear(shear_kernels.masked_swiglu(F.linear(x, w["gate"]), F.linear(x, w["up"]), ffn), w["down"])
+
+    @property
+    def head_dim(self) -> int:
+        return self.architecture.shape.head_dim
+
+
+class Stage(nn.Module):
+    """A run of consecutive layers, with the embedding if it is the first and norm and head if it is the last.
+
+    The whole model is the stage that is both. With tied embeddings, a last stage that is not the first holds its own
+    copy of ``embed``, which training keeps equal (``shear_tron.parallel.sync``).
+    """
+
+    embed: Tensor
+    norm: Tensor
+    lm_head: Tensor
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        layers: range | None = None,
+        split: Whole | None = None,
+        checkpointing: str = "none",
+    ) -> None:
+        super().__init__()
+        shape = architecture.shape
+        self.architecture, self.split = architecture, split or Whole()
+        span = range(shape.layers) if layers is None else layers
+        self.is_first, self.is_last = span.start == 0, span.stop == shape.layers
+        self.layers = nn.ModuleDict({str(i): Layer(architecture, self.split, checkpointing) for i in span})
+        if self.is_first or (self.is_last and shape.tied):
+            self.register_parameter("embed", _parameter(BY_LEAF["embed"], architecture))
+        if self.is_last:
+            self.register_parameter("norm", _parameter(BY_LEAF["norm"], architecture))
+            if not shape.tied:
+                self.register_parameter("lm_head", _parameter(BY_LEAF["lm_head"], architecture))
+
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, masks: Masks | None = None, time: int | None = None
+    ) -> Tensor:
+        """From token ids to losses, or the part of that way that this stage holds.
+
+        x: [batch, time] int64 token ids on the first stage, else the residual stream [tokens, hidden], of which
+        ``time`` is the length of a sequence. labels: [batch, time] int64, for the last stage.
+        Returns the residual stream; on the last stage the mean loss of each sequence [batch] (``next_token_loss``),
+        or the logits [batch, time, vocab (this rank's part)] where labels is None.
+        """
+        masks = masks or Masks()
+        if self.is_first:
+            time = x.shape[1]
+            x = self._embedding(x.flatten(), masks.hidden)
+        assert time is not None
+        precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+        angles = rope_table(
+            self.architecture.rope, self.architecture.shape.head_dim, torch.arange(time, device=x.device), precision
+        )
+        for index, layer in self.layers.items():
+            x = layer(x, angles, masks.layer(int(index), self.architecture.shape))
+        if not self.is_last:
+            return x
+        hidden = self.split.shared(masks.hidden)
+        row = next(row for row in table(self.architecture.shape.tied) if row.name == "norm")
+        normed = shear_kernels.masked_rms_norm(x, self.split.weight(self.norm, row), hidden, self.architecture.norm_eps)
+        normed = self.split.enter(normed)
+        if labels is None:
+            return F.linear(normed, self._head()).unflatten(0, (-1, time))
+        return next_token_loss(normed, self._head(), labels, self.split)
+
+    def _embedding(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+        """Rows of the embedding, gated. With a cut vocabulary each rank looks up its own rows and zeros the others."""
+        weight = self.split.weight(self.embed, BY_LEAF["embed"])
+        if self.split.size == 1:
+            x = F.embedding(tokens, weight)
+        else:
+            own = tokens - self.split.rank * weight.shape[0]
+            here = (own >= 0) & (own < weight.shape[0])
+            x = self.split.leave(F.embedding(own.where(here, 0), weight) * here[:, None].to(weight.dtype))
+        gate = self.split.shared(hidden)
+        return x if gate is None else (x * gate).to(x.dtype)
+
+    def _head(self) -> Tensor:
+        if self.architecture.shape.tied:
+            return self.split.weight(self.embed, BY_LEAF["embed"])
+        return self.split.weight(self.lm_head, BY_LEAF["lm_head"])
+
+
+def _parameter(row: Param, architecture: Architecture) -> nn.Parameter:
+    """A parameter of global size, not yet initialised. Under ``torch.device("meta")`` it takes no memory."""
+    return nn.Parameter(torch.empty(row.size(architecture.shape)))
+
+
+def _keep_matmuls() -> tuple[object, object]:
+    """Selective checkpointing: the results of matrix products stay in memory, everything cheap is computed again."""
+    aten = torch.ops.aten
+    dear = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+
+    def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return cast(tuple[object, object], create_selective_checkpoint_contexts(policy))

@@ -209,6 +209,12 @@ def test_logits_start_fully_open_and_only_where_the_target_is_smaller() -> None:
         torch.testing.assert_close(logits.detach(), torch.full_like(logits, log(100)))
 
 
+def test_llama_2_7b_to_1_3b_has_357_408_logits() -> None:
+    source = Shape(hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, ffn=11008, vocab=32000)
+    target = Shape(hidden=2048, layers=24, heads=16, kv_heads=16, head_dim=128, ffn=5504, vocab=32000)
+    assert sum(logits.numel() for logits in Gates(source, target).logits.values()) == 357_408
+
+
 def test_clamp_bounds_the_probability_of_being_open() -> None:
     gates = Gates(MULTI_HEAD, MULTI_HEAD_TARGET)
     for sign, probability in ((-1, 0.047), (1, 0.998)):
@@ -236,7 +242,7 @@ def test_state_round_trip_gives_the_same_masks() -> None:
         (lambda state: state.update(ffn=torch.zeros(3)), r"ffn has size \[3\]; expected \[5, 17\]"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, message: str) -> None:
     gates = Gates(GROUPED, GROUPED_TARGET)
     state = {kind: torch.zeros_like(tensor) for kind, tensor in gates.state_dict().items()}
     change(state)
@@ -254,7 +260,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, messag
         ((GROUPED, GROUPED_TARGET, 2**64), f"seed={2**64}"),
     ],
 )
-def test_bad_arguments_are_named(arguments: tuple, message: str) -> None:  # type: ignore[type-arg]
+def test_bad_arguments_are_named(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Gates(*arguments)
 

@@ -1,14 +1,94 @@
-"""Masked transformer ops, each with forward, backward and the gradient of its mask."""
+"""Masked transformer ops, each with forward, backward and the gradient of its mask.
 
+    import shear_kernels
+    y = shear_kernels.masked_swiglu(gate, up, mask)
+
+Every op is defined by the function of the same name in ``shear_kernels.reference``. Triton kernels run it on CUDA, and
+on the CPU under ``TRITON_INTERPRET=1``; anywhere else, and in float64, the definition itself runs.
+``backend="reference"`` or ``"triton"`` says otherwise for one call.
+
+Kernels give a gate that is exactly 0 the gradient 0: the clamp that closed it passes none, and the closed unit's work
+is skipped. (The definitions give the derivative, which that clamp discards.)
+"""
+
+import os
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from torch import Tensor, float64
+
+from shear_kernels import reference
 from shear_kernels.cross_entropy import vocab_cross_entropy
-from shear_kernels.reference import (
-    add_rms_norm,
-    gated_residual,
-    masked_attention,
-    masked_rms_norm,
-    masked_swiglu,
-    rope,
-)
+from shear_kernels.reference import gated_residual, masked_attention
+
+Backend = Literal["triton", "reference"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _module(name: str) -> Any:
+    """A module of kernels, imported when it is first needed: ``import shear_kernels`` works without triton."""
+    if find_spec("triton") is None:
+        raise ValueError("backend='triton' needs triton; pip install triton, or use backend='reference'")
+    return import_module(f"shear_kernels.{name}")
+
+
+@cache
+def _have_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _kernels(x: Tensor, backend: Backend | None, module: str) -> Any:
+    """The module whose function of the op's name serves ``x``."""
+    if backend not in (None, "triton", "reference"):
+        raise ValueError(f"backend={backend!r} is not one of 'triton', 'reference' or None (choose)")
+    if x.dtype == float64 and backend != "triton":
+        return reference
+    if backend == "triton" or (backend is None and (x.is_cuda or INTERPRETED) and _have_triton()):
+        return _module(module)
+    return reference
+
+
+def masked_swiglu(gate: Tensor, up: Tensor, mask: Tensor | None = None, backend: Backend | None = None) -> Tensor:
+    """``silu(gate) * up * mask``. gate, up: [..., ffn]; mask: [ffn]. Returns [..., ffn]."""
+    out: Tensor = _kernels(gate, backend, "swiglu").masked_swiglu(gate, up, mask)
+    return out
+
+
+def masked_rms_norm(
+    x: Tensor, weight: Tensor, hidden_mask: Tensor | None = None, eps: float = 1e-5, backend: Backend | None = None
+) -> Tensor:
+    """RMS norm over the kept width, scaled by ``weight * hidden_mask``. x: [..., hidden], zero where hidden_mask is;
+    weight, hidden_mask: [hidden]. Returns [..., hidden]."""
+    out: Tensor = _kernels(x, backend, "norm").masked_rms_norm(x, weight, hidden_mask, eps)
+    return out
+
+
+def add_rms_norm(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    hidden_mask: Tensor | None = None,
+    layer_gate: Tensor | None = None,
+    eps: float = 1e-5,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(``residual + branch * layer_gate * hidden_mask``, its masked RMS norm). residual, branch: [..., hidden]; weight,
+    hidden_mask: [hidden]; layer_gate: 0-d. Returns two [..., hidden]."""
+    module = _kernels(residual, backend, "norm")
+    stream, normed = module.add_rms_norm(residual, branch, weight, hidden_mask, layer_gate, eps)
+    return stream, normed
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding. q: [batch, time, heads, head_dim]; k: [batch, time, kv_heads, head_dim]; cos, sin:
+    [time, head_dim / 2] or [batch, time, head_dim / 2]. Returns (q, k) rotated."""
+    q_out, k_out = _kernels(q, backend, "rotary").rope(q, k, cos, sin)
+    return q_out, k_out
+
 
 __all__ = [
     "add_rms_norm",

@@ -69,7 +69,7 @@ def masked_rms_norm(x: Tensor, weight: Tensor, hidden_mask: Tensor | None = None
         mean_square = wide.square().sum(-1, keepdim=True) / x.shape[-1]
         scale = _wide(weight)
     else:
-        mean_square = wide.square().sum(-1, keepdim=True) / (hidden_mask != 0).sum()
+        mean_square = wide.square().sum(-1, keepdim=True) / (hidden_mask != 0).sum().clamp(min=1)
         scale = _wide(weight) * hidden_mask
     return (wide * torch.rsqrt(mean_square + eps) * scale).to(x.dtype)
 

@@ -1,0 +1,29 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+"""Where 16 and 32 bits meet inside a kernel: rounding and matrix products, the same on a GPU and in the interpreter.
+
+Triton's interpreter (3.6 and 3.7) keeps bfloat16 as bare 16-bit integers: it rounds float32 towards zero instead of to
+nearest even, and multiplies the integers in ``tl.dot``. Both are mended here, so a kernel run without a GPU shows the
+error it would have on one. Compiled code holds none of it: the flag is a compile-time constant.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 ``x`` rounded to nearest even in ``dtype``."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b):
+    """``a @ b`` in float32; 32-bit inputs are multiplied in full precision, not as TF32."""
+    if INTERPRETED:  # float32 holds a product of two 16-bit floats exactly
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")

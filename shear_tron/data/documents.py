@@ -4,7 +4,11 @@ Compressed files (.gz, .zst, .bz2, .xz) are read as they are, local paths or any
 """
 
 import hashlib
+import io
+import lzma
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal, cast
@@ -80,15 +84,38 @@ def format_of(path: str) -> Format | None:
 
 
 def read(piece: Piece, format: Format, fields: Fields) -> Iterator[str | object]:
-    """The texts of a piece in order ("" for an empty one), with DAMAGED in place of each unreadable record."""
+    """The texts of a piece in order ("" for an empty one), with DAMAGED in place of each unreadable record.
+
+    Raises ValueError for a record without the text field, and for a file that cannot be read to its end.
+    """
+    import pyarrow  # type: ignore[import-untyped]
+
     reader: Callable[[Piece, Fields], Iterator[str | object | None]] = _READERS[format]
-    return (text for text in reader(piece, fields) if text is not None)
+    try:
+        yield from (text for text in reader(piece, fields) if text is not None)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{piece.path} cannot be read to its end ({reason}); it is damaged or incomplete") from error
+
+
+@contextmanager
+def _open(path: str) -> Iterator[Any]:
+    """The file's bytes, decompressed. Zstandard goes through Arrow: zstandard's own reader ends quietly where a file
+    is cut off, and after the first frame of several."""
+    if compression(path) != "zstd":
+        with fsspec.open(path, "rb", compression=compression(path)) as stream:
+            yield stream
+        return
+    import pyarrow
+
+    with fsspec.open(path, "rb") as stream:
+        yield io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"))
 
 
 def _jsonl(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
     import orjson
 
-    with fsspec.open(piece.path, "rb", compression=compression(piece.path)) as lines:
+    with _open(piece.path) as lines:
         position = piece.start
         if position:  # the line that is under way belongs to the piece before
             lines.seek(position - 1)
@@ -133,7 +160,7 @@ def _datasets(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
 
 def _text(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
     """The whole file is one document."""
-    with fsspec.open(piece.path, "rb", compression=compression(piece.path)) as stream:
+    with _open(piece.path) as stream:
         try:
             yield cast(bytes, stream.read()).decode()
         except UnicodeDecodeError:

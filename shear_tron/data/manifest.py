@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shear_tron.data.tokenizer import Tokenizer
+from shear_tron.data.tokenizer import fingerprint
 
 FILE = "domains.json"
 FORMAT = 1
@@ -106,7 +106,7 @@ class Manifest:
                 f"the model's vocab={vocab} does not fit data made with the {self.vocab} ids of {self.tokenizer}; "
                 "prepare the data with the model's tokenizer"
             )
-        if tokenizer is not None and (found := Tokenizer(tokenizer).sha256) != self.tokenizer_sha256:
+        if tokenizer is not None and (found := fingerprint(tokenizer)) != self.tokenizer_sha256:
             raise ValueError(
                 f"tokenizer={tokenizer} ({found[:12]}) is not the one that made {self.folder} "
                 f"({self.tokenizer}, {self.tokenizer_sha256[:12]}); prepare the data with the model's tokenizer"

@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal
 
+import multiprocess  # type: ignore[import-untyped]
 from datatrove.executor.local import LocalPipelineExecutor
 from loguru import logger as datatrove_log
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -76,8 +78,9 @@ def prepare(config: PrepareConfig) -> Manifest:
     Killed and started again, it goes on with the tasks that are missing; started again after it is done, it checks
     and returns. Raises ValueError for input that cannot be read, and for a domain that has no text.
     """
-    encoding = _encoding(config)
-    settings = _settings(config, encoding)
+    tokenizer = Tokenizer(config.tokenizer)
+    encoding = _encoding(config, tokenizer)
+    settings = {"tokenizer": tokenizer.sha256, "bos": encoding.bos, "separator": encoding.separator}
     tasks = [
         task
         for name, source in config.domains.items()
@@ -92,15 +95,14 @@ def prepare(config: PrepareConfig) -> Manifest:
         receipt = partial(_receipt, config.output, encoding.token_bytes)
         pending = [task for task in tasks if receipt(task) is None]
         _run(config, pending, lambda task: receipt(task) is not None, "tokenise", partial(_tokenise, encoding))
-        manifest = _manifest(config, encoding, tasks)
+        manifest = _manifest(config, tokenizer, encoding, tasks)
         manifest.write()
         for left in (Path(config.output) / WORK).glob("*.*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
     return manifest
 
 
-def _encoding(config: PrepareConfig) -> Encoding:
-    tokenizer = Tokenizer(config.tokenizer)
+def _encoding(config: PrepareConfig, tokenizer: Tokenizer) -> Encoding:
     bos = separator = None
     if config.bos:
         if tokenizer.bos is None:
@@ -113,15 +115,6 @@ def _encoding(config: PrepareConfig) -> Encoding:
         separator = tokenizer.id(token)
     # Ids up to 65,535 fit 2 bytes.
     return Encoding(config.tokenizer, bos, separator, 2 if tokenizer.vocab <= 2**16 else 4)
-
-
-def _settings(config: PrepareConfig, encoding: Encoding) -> dict[str, Any]:
-    """What, besides the input, decides a shard's content."""
-    return {
-        "tokenizer": Tokenizer(config.tokenizer).sha256,
-        "bos": encoding.bos,
-        "separator": encoding.separator,
-    }
 
 
 def _receipt(output: str, token_bytes: int, task: Task) -> Receipt | None:
@@ -141,14 +134,25 @@ def _alone(output: str) -> Iterator[None]:
     """Two runs on one folder would do the same work twice."""
     with open(Path(output) / WORK / "lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not passed on to children
         except OSError:
             raise ValueError(f"output={output} is being prepared by another process; wait for it") from None
         yield
 
 
 class _Quiet(LocalPipelineExecutor):  # type: ignore[misc]  # datatrove is untyped
-    """datatrove's executor without its log on the terminal, where the progress bar is."""
+    """datatrove's executor without its log on the terminal, where the progress bar is, and without its manager
+    process, which would stay for ever where this one is killed."""
+
+    def run(self) -> None:
+        if self.workers == 1:
+            for rank in range(self.tasks):
+                self._run_for_rank(rank)
+            return
+        # datatrove's choice of process library, because its steps need dill.
+        with multiprocess.get_context("forkserver").Pool(self.workers, initializer=_end_with_parent) as pool:
+            for _ in pool.imap_unordered(self._run_for_rank, range(self.tasks)):
+                pass
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         datatrove_log.disable("datatrove")
@@ -178,6 +182,18 @@ def _run(
         shutil.rmtree(logs)
 
 
+def _end_with_parent() -> None:
+    """Let a worker end when whoever started it is gone, a second later at most."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def _progress(tasks: list[Task], done: Callable[[Task], bool], title: str) -> Iterator[Callable[[], bool]]:
     """A bar that watches tasks get done, whichever process or node does them. Yields a function that waits for all."""
@@ -205,9 +221,8 @@ def _progress(tasks: list[Task], done: Callable[[Task], bool], title: str) -> It
         thread.join()
 
 
-def _manifest(config: PrepareConfig, encoding: Encoding, tasks: list[Task]) -> Manifest:
+def _manifest(config: PrepareConfig, tokenizer: Tokenizer, encoding: Encoding, tasks: list[Task]) -> Manifest:
     """The manifest of the finished tasks. Raises ValueError for a domain with no text or too much damage."""
-    tokenizer = Tokenizer(config.tokenizer)
     domains = {}
     for name, source in config.domains.items():
         receipts = [_receipt(config.output, encoding.token_bytes, task) for task in tasks if task.domain == name]

@@ -19,28 +19,18 @@ class Tokenizer:
     Text that spells a special token ("<|endoftext|>") is encoded as plain text, and no post-processor runs: which
     special tokens a document gets is decided by whoever calls, never by the text.
 
-    ``sha256`` identifies what decides the ids, so a re-saved or re-indented tokenizer.json keeps it. ``vocab`` is the
-    largest id plus one. ``bos`` and ``eos`` are token strings or None. Raises ValueError when no tokenizer is there.
+    ``sha256`` is its fingerprint, ``vocab`` the largest id plus one; ``bos`` and ``eos`` are token strings or None.
+    Raises ValueError when no tokenizer is there.
     """
 
     def __init__(self, path: str):
         self.path = path
-        file = self._find(Path(path))
+        file = find(path)
+        self.sha256 = fingerprint(path)
         if file.suffix == ".json":
             self._load_json(file)
         else:
             self._load_sentencepiece(file)
-
-    @staticmethod
-    def _find(path: Path) -> Path:
-        if path.is_file():
-            return path
-        for name in ("tokenizer.json", "tokenizer.model"):
-            if (path / name).is_file():
-                return path / name
-        raise ValueError(
-            f"tokenizer={path} is not a tokenizer; give a tokenizer.json, a tokenizer.model or their folder"
-        )
 
     def _load_json(self, file: Path) -> None:
         from tokenizers import Tokenizer as Library
@@ -54,8 +44,6 @@ class Tokenizer:
         self._library.no_padding()
         self._library.encode_special_tokens = True
         self._ids: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
-        decisive = {key: value for key, value in json.loads(content).items() if key not in _INDECISIVE}
-        self.sha256 = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         self.vocab = max(self._ids.values()) + 1
         self.bos, self.eos = (_special_token(file.parent, name) for name in ("bos_token", "eos_token"))
         self._encode = self._encode_json
@@ -70,7 +58,6 @@ class Tokenizer:
             raise ValueError(f"tokenizer={file} cannot be read ({error}); use a SentencePiece model") from error
         self.vocab = self._library.vocab_size()
         self._ids = {self._library.id_to_piece(i): i for i in range(self.vocab)}
-        self.sha256 = hashlib.sha256(content).hexdigest()
         self.bos, self.eos = (
             self._library.id_to_piece(i) if i >= 0 else None for i in (self._library.bos_id(), self._library.eos_id())
         )
@@ -93,6 +80,29 @@ class Tokenizer:
             hint = f"; near it are {', '.join(near)}" if near else ""
             raise ValueError(f"token {token!r} is not in the vocabulary of tokenizer={self.path}{hint}")
         return self._ids[token]
+
+
+def find(path: str) -> Path:
+    """The tokenizer file at ``path`` or in that folder. Raises ValueError when there is none."""
+    if Path(path).is_file():
+        return Path(path)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (Path(path) / name).is_file():
+            return Path(path) / name
+    raise ValueError(f"tokenizer={path} is not a tokenizer; give a tokenizer.json, a tokenizer.model or their folder")
+
+
+def fingerprint(path: str) -> str:
+    """sha256 of what decides the ids, so that a re-saved or re-indented tokenizer.json keeps it."""
+    file = find(path)
+    content = file.read_bytes()
+    if file.suffix == ".json":
+        try:
+            parts = json.loads(content)
+            content = json.dumps({key: parts[key] for key in parts if key not in _INDECISIVE}, sort_keys=True).encode()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"tokenizer={file} is not JSON ({error}); use a complete tokenizer.json") from None
+    return hashlib.sha256(content).hexdigest()
 
 
 # Parts of a tokenizer.json that do not change the ids of plain text.

@@ -7,6 +7,8 @@ from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from shear_tron.data.manifest import Shard
 
@@ -69,3 +71,21 @@ class Stream:
 
     def __del__(self) -> None:
         self.close()
+
+
+def document_ends(inputs: Tensor, separator: int | None = None, bos: int | None = None) -> Tensor:
+    """Where documents end in a batch of inputs, for attention that must not cross them.
+
+    inputs: integers [batch, time] on any device. Returns int32 [documents + 1]: 0, then the end of each document in
+    the flattened [batch * time] axis (``cu_seqlens``). A document ends after its ``separator``, or before the next
+    ``bos`` when nothing separates; a row's end is an end too. Raises ValueError without either.
+    """
+    if separator is not None:
+        last = inputs.eq(separator)
+    elif bos is not None:
+        last = inputs.eq(bos).roll(-1, dims=1)
+    else:
+        raise ValueError("documents have neither a separator nor a bos token; prepare the data with one of them")
+    last[:, -1] = True
+    ends = last.flatten().nonzero().flatten() + 1
+    return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)

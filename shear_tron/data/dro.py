@@ -1,0 +1,44 @@
+"""Distributionally robust domain weights: the worst case within a ball around a prior mixture.
+
+DRPruning (Deng et al., ACL 2025, section 3.1, after Oren et al. 2019 and Zhou et al. 2021) trains on
+``argmax_q sum(q * excess)`` over the q whose chi-square divergence ``sum(prior * (q / prior - 1)**2) / 2`` from the
+prior is at most ``radius``, where no domain falls below ``minimum`` times its prior.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+Weights = npt.NDArray[np.float64]
+
+
+def worst_case(excess: Weights, prior: Weights, radius: float, minimum: float) -> Weights:
+    """The maximising q: ``prior * max(excess - eta, 0)``, raised to the minimum, with eta set by the ball.
+
+    All arrays are [domains]; ``prior`` sums to 1. Adding a constant to ``excess`` changes nothing, so neither does a
+    reference that is too high everywhere (the released code searches another reference for that case). Equal excess
+    gives the prior. Where the minimum keeps q inside the ball, q is the one at its edge.
+    """
+    below = excess.max() - excess  # 0 for the worst domain
+    if not below.any():
+        return prior.copy()
+
+    def weights(distance: float) -> Weights:  # eta = excess.max() - distance
+        ratio = np.maximum(distance - below, 0.0)
+        ratio = np.maximum(ratio / (ratio * prior).sum(), minimum)
+        result: Weights = ratio * prior / (ratio * prior).sum()
+        return result
+
+    def divergence(distance: float) -> float:
+        return float((prior * (weights(distance) / prior - 1) ** 2).sum() / 2)
+
+    near, far = float(below[below > 0].min()) * 1e-9, float(below.max())
+    if divergence(near) <= radius:
+        return weights(near)
+    while divergence(far) > radius:
+        far *= 2
+    for _ in range(200):  # the divergence falls as eta moves away from the worst domain
+        middle = (near + far) / 2
+        if middle in (near, far):
+            break
+        near, far = (middle, far) if divergence(middle) > radius else (near, middle)
+    return weights(far)

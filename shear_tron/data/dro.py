@@ -10,16 +10,18 @@ import numpy.typing as npt
 
 Weights = npt.NDArray[np.float64]
 
+ALIKE = 1e-9  # nats: differences below are rounding
+
 
 def worst_case(excess: Weights, prior: Weights, radius: float, minimum: float) -> Weights:
     """The maximising q: ``prior * max(excess - eta, 0)``, raised to the minimum, with eta set by the ball.
 
     All arrays are [domains]; ``prior`` sums to 1. Adding a constant to ``excess`` changes nothing, so neither does a
     reference that is too high everywhere (the released code searches another reference for that case). Equal excess
-    gives the prior. Where the minimum keeps q inside the ball, q is the one at its edge.
+    gives the prior; any spread, however small, gives a q at the edge of the ball, or as near to it as the minimum lets.
     """
     below = excess.max() - excess  # 0 for the worst domain
-    if not below.any():
+    if below.max() < ALIKE:
         return prior.copy()
 
     def weights(distance: float) -> Weights:  # eta = excess.max() - distance

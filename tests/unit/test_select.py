@@ -1,0 +1,395 @@
+"""The cut: gathers against plain indexing, a compact step against a masked one, extraction against the masked model."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import functional_call
+from transformers import LlamaForCausalLM
+
+from shear_tron.checkpoint.huggingface import Weights, write
+from shear_tron.masks import KINDS, Masks, sizes
+from shear_tron.model.llama import Layer, Stage
+from shear_tron.model.rope import rope_table
+from shear_tron.params import BY_LEAF, LAYER_TABLE, Dim, count, named
+from shear_tron.pruning import select as module
+from shear_tron.pruning.select import Keep, extract, select
+from shear_tron.shape import Architecture, Shape
+
+SHAPES = {
+    "plain": Shape(hidden=16, layers=4, heads=4, kv_heads=4, head_dim=4, ffn=12, vocab=24),
+    "grouped": Shape(hidden=20, layers=4, heads=6, kv_heads=2, head_dim=6, ffn=14, vocab=24),
+    "tied": Shape(hidden=16, layers=3, heads=9, kv_heads=3, head_dim=4, ffn=12, vocab=24, tied=True),
+}
+KEPT = {  # units kept of each kind; heads of the results divide hidden, as transformers asks
+    "plain": {"hidden": 12, "layers": 3, "groups": 3, "ffn": 7},
+    "grouped": {"hidden": 12, "layers": 2, "groups": 1, "queries": 2, "ffn": 5},
+    "tied": {"hidden": 12, "layers": 2, "groups": 2, "queries": 2, "ffn": 8},
+    "all": {"hidden": 16, "layers": 4, "groups": 4, "ffn": 12},
+    "only_ffn": {"ffn": 6},
+    "only_layers": {"layers": 1},
+    "only_queries": {"queries": 1},
+}
+CASES = [
+    *((name, name) for name in SHAPES),
+    ("plain", "all"),
+    ("grouped", "only_ffn"),
+    ("tied", "only_layers"),
+    ("tied", "only_queries"),
+]
+
+
+def masks_of(shape: Shape, kept: dict[str, int], soft: bool, seed: int = 0) -> Masks:
+    """Masks in float64 that keep these many units of each kind, others in every layer, of 1 or (soft) less."""
+    noise = torch.Generator().manual_seed(seed)
+    made = {}
+    for kind, number in kept.items():
+        size = sizes(shape)[kind]
+        order = torch.rand(size, generator=noise, dtype=torch.float64).argsort(-1).argsort(-1)
+        value = torch.rand(size, generator=noise, dtype=torch.float64) * 0.8 + 0.1 if soft else 1.0
+        made[kind] = (order < number).double() * value
+    return Masks(**made)
+
+
+def model_of(shape: Shape, seed: int = 0) -> Stage:
+    noise = torch.Generator().manual_seed(seed)
+    model = Stage(Architecture(shape, context=64)).double()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=noise, dtype=torch.float64) * 0.4 + 0.1
+    return model
+
+
+def tokens_of(shape: Shape) -> Tensor:
+    return torch.randint(0, shape.vocab, (2, 11), generator=torch.Generator().manual_seed(5))
+
+
+# --- select
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> tuple[int, int, list[int] | None, list[int] | None]:
+    rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+
+    def kept(size: int) -> list[int] | None:
+        return draw(st.none() | st.sets(st.integers(0, size - 1)).map(sorted))
+
+    return rows, columns, kept(rows), kept(columns)
+
+
+@pytest.mark.parametrize("block", [1, 64, 2**20])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cut=cuts())
+def test_select_is_plain_indexing(block: int, cut: tuple[int, int, list[int] | None, list[int] | None]) -> None:
+    n, m, row_list, column_list = cut
+    rows, columns = (
+        None if kept is None else torch.tensor(kept, dtype=torch.int64) for kept in (row_list, column_list)
+    )
+    weight = torch.randn(n, m, requires_grad=True)
+    plain = weight[slice(None) if rows is None else rows][:, slice(None) if columns is None else columns]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK", block)
+        ours = select(weight, rows, columns)
+        assert torch.equal(ours, plain)
+        grad = torch.randn_like(plain)
+        assert torch.equal(torch.autograd.grad(ours, weight, grad)[0], torch.autograd.grad(plain, weight, grad)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_select_keeps_the_dtype_and_vectors_work(dtype: torch.dtype) -> None:
+    vector = torch.randn(9).to(dtype).requires_grad_()
+    kept = torch.tensor([0, 4, 8])
+    part = select(vector, kept)
+    assert torch.equal(part, vector[kept])
+    part.sum().backward()
+    assert torch.equal(vector.grad, torch.zeros(9, dtype=dtype).index_fill(0, kept, 1))
+    assert select(vector, None) is vector  # nothing pruned costs nothing
+
+
+@pytest.mark.parametrize("axes", ["rows", "columns", "both"])
+def test_select_gradcheck(axes: str) -> None:
+    weight = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    rows = None if axes == "columns" else torch.tensor([1, 2, 6])
+    columns = None if axes == "rows" else torch.tensor([0, 4])
+    assert torch.autograd.gradcheck(lambda w: select(w, rows, columns), weight)
+
+
+def test_a_view_is_selected_like_any_weight() -> None:
+    weight = torch.randn(6, 8).t()
+    rows, columns = torch.tensor([0, 3, 7]), torch.tensor([2, 5])
+    assert torch.equal(select(weight, rows, columns), weight[rows][:, columns])
+
+
+# --- Keep
+
+
+def test_heads_are_kept_queries_of_kept_groups_in_blocks_of_head_dim() -> None:
+    shape = replace(SHAPES["grouped"], layers=1, heads=9, kv_heads=3)
+    masks = Masks(groups=torch.tensor([[0.3, 0.0, 1.0]]), queries=torch.tensor([[0.0, 0.5, 1.0]]))
+    kept = Keep.of(masks, shape).layers[0]
+    assert kept.groups is not None
+    assert kept.heads is not None
+    assert kept.groups.tolist() == [0, 2]
+    assert kept.heads.tolist() == [1, 2, 7, 8]
+    row = torch.arange(6)
+    assert torch.equal(kept.group_rows, torch.cat((row, 12 + row)))
+    assert torch.equal(kept.head_rows, torch.cat((6 + row, 12 + row, 42 + row, 48 + row)))
+
+
+def test_nothing_pruned_keeps_all_without_a_gather() -> None:
+    shape = SHAPES["tied"]
+    masks = Masks(**{kind: torch.full(size, 0.5) for kind, size in sizes(shape).items()})
+    for keep in (Keep.of(Masks(), shape), Keep.of(masks, shape), Keep.of(masks, shape, multiple=64)):
+        assert keep.hidden is None
+        assert list(keep.layers) == [0, 1, 2]
+        assert all(value is None for layer in keep.layers.values() for value in asdict(layer).values())
+
+
+@pytest.mark.parametrize(("multiple", "hidden", "ffn"), [(1, 5, 3), (2, 6, 4), (4, 8, 4), (5, 5, 5), (16, None, None)])
+def test_padding_is_closed_units_up_to_a_multiple(multiple: int, hidden: int | None, ffn: int | None) -> None:
+    shape = SHAPES["plain"]
+    masks = masks_of(shape, {"hidden": 5, "ffn": 3}, soft=True)
+    plain, padded = Keep.of(masks, shape), Keep.of(masks, shape, multiple)
+    pairs = [(plain.hidden, padded.hidden, hidden)]
+    pairs += [(plain.layers[i].ffn, padded.layers[i].ffn, ffn) for i in range(shape.layers)]
+    for before, after, size in pairs:
+        assert (None if after is None else len(after)) == size
+        if after is not None:
+            assert set(before.tolist()) <= set(after.tolist())
+            assert after.tolist() == sorted(set(after.tolist()))
+
+
+def test_a_layer_that_keeps_nothing_of_a_kind_keeps_one_closed_unit() -> None:
+    shape = SHAPES["plain"]
+    groups = torch.zeros(4, 4)
+    keep = Keep.of(Masks(groups=groups, ffn=torch.zeros(4, 12)), shape)
+    assert all(len(layer.heads) == len(layer.ffn) == 1 for layer in keep.layers.values())
+
+
+def test_masks_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"mask ffn has size \[3, 12\]; a model of this shape has \[4, 12\]"):
+        Keep.of(Masks(ffn=torch.ones(3, 12)), SHAPES["plain"])
+
+
+# --- the compact step: kept units alone give the masked step's loss and gradients
+
+
+def compact_loss(model: Stage, masks: Masks, keep: Keep, tokens: Tensor) -> Tensor:
+    """The masked model's loss from kept units only. Layers may keep different counts."""
+    shape, eps = model.architecture.shape, model.architecture.norm_eps
+    weights = dict(model.named_parameters())
+    hidden = None if masks.hidden is None else select(masks.hidden, keep.hidden)
+    embed = select(weights["embed"], *keep.indices(BY_LEAF["embed"], None))
+    x = embed[tokens[:, :-1].flatten()] * (1 if hidden is None else hidden)
+    angles = rope_table(model.architecture.rope, shape.head_dim, torch.arange(tokens.shape[1] - 1), torch.float64)
+    layer = Layer(model.architecture, model.split)
+    for index in keep.layers:
+        parts = {row.leaf: select(weights[row.name.format(index)], *keep.indices(row, index)) for row in LAYER_TABLE}
+        x = functional_call(layer, parts, (x, angles, keep.layer_masks(masks.layer(index, shape), index)))
+    norm = select(weights["norm"], *keep.indices(BY_LEAF["norm"], None))
+    width = x.shape[-1] if hidden is None else (hidden != 0).sum()
+    normed = x * (x.square().sum(-1, keepdim=True) / width + eps).rsqrt() * norm * (1 if hidden is None else hidden)
+    head = embed if shape.tied else select(weights["lm_head"], *keep.indices(BY_LEAF["lm_head"], None))
+    return torch.nn.functional.cross_entropy(normed @ head.t(), tokens[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 64])
+@pytest.mark.parametrize("name", SHAPES)
+def test_compact_step_is_the_masked_step(name: str, multiple: int) -> None:
+    """Law 11, with different counts in every layer: loss, all weight gradients, all gradients of open gates."""
+    shape = SHAPES[name]
+    model, tokens = model_of(shape), tokens_of(shape)
+    noise = torch.Generator().manual_seed(3)
+    raw = {
+        kind: torch.rand(size, generator=noise, dtype=torch.float64) * 1.6 - 0.6 for kind, size in sizes(shape).items()
+    }
+    raw["layers"][1], raw["layers"][0] = -1.0, 0.7  # one layer is left out whole
+    masks = Masks(**raw).map(lambda value: value.clamp(0, 1).requires_grad_())
+    leaves = [*model.parameters(), *(mask for _, mask in masks.items())]
+    masked = model(tokens[:, :-1], labels=tokens[:, 1:], masks=masks).mean()
+    expected = torch.autograd.grad(masked, leaves, allow_unused=True)
+
+    keep = Keep.of(masks, shape, multiple)
+    assert 1 not in keep.layers
+    compact = compact_loss(model, masks, keep, tokens)
+    found = torch.autograd.grad(compact, leaves, allow_unused=True)
+    torch.testing.assert_close(compact, masked, atol=1e-12, rtol=0)
+    for leaf, one, other in zip(leaves, expected, found, strict=True):
+        if one is None or other is None:  # a layer left out is not in the graph at all
+            assert one is None or not one.any()
+            continue
+        is_mask = any(leaf is mask for _, mask in masks.items())
+        open_ = leaf != 0 if is_mask else torch.ones_like(leaf, dtype=torch.bool)
+        torch.testing.assert_close(other[open_], one[open_], atol=1e-12, rtol=0)
+
+
+# --- extraction
+
+
+def extracted(model: Stage, masks: Masks) -> tuple[Shape, dict[str, Tensor]]:
+    target, tensors = extract(lambda name: model.get_parameter(name).detach(), masks, model.architecture.shape)
+    return target, dict(tensors)
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["decided", "soft"])
+@pytest.mark.parametrize(("name", "kept"), CASES)
+def test_masked_model_is_extracted_model_is_hugging_face(name: str, kept: str, soft: bool, tmp_path: Path) -> None:
+    """Laws 2 and 3. The logits are of size 1 to 10."""
+    shape, tokens = SHAPES[name], tokens_of(SHAPES[name])
+    model, masks = model_of(shape), masks_of(shape, KEPT[kept], soft)
+    with torch.no_grad():
+        masked = model(tokens, masks=masks)
+    target, tensors = extracted(model, masks)
+
+    numbers = KEPT[kept]
+    groups, queries = numbers.get("groups", shape.kv_heads), numbers.get("queries", shape.queries)
+    assert target == replace(
+        shape,
+        hidden=numbers.get("hidden", shape.hidden),
+        layers=numbers.get("layers", shape.layers),
+        heads=groups * queries,
+        kv_heads=groups,
+        ffn=numbers.get("ffn", shape.ffn),
+    )
+    shape.require_target(target)
+    assert sum(tensor.numel() for tensor in tensors.values()) == count(target)
+
+    architecture = replace(model.architecture, shape=target)
+    dense = Stage(architecture).double()
+    dense.load_state_dict(tensors, strict=True)
+    with torch.no_grad():
+        assert largest_difference(dense(tokens), masked) < 1e-12
+    assert masked.abs().max() > 0.5  # or the comparison would say nothing
+
+    if target.hidden % target.heads == 0:
+        write(tmp_path / "model", architecture, tensors.items())
+        theirs = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
+        with torch.no_grad():
+            # Their norms and rotary angles are in float32 even in a float64 model.
+            assert largest_difference(theirs(tokens).logits, masked) < 1e-6 * masked.abs().max()
+        assert all(torch.equal(Weights.open(tmp_path / "model", architecture).read(k), v) for k, v in tensors.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["grouped", "tied"])
+def test_each_kind_alone_folds_exactly(name: str, kind: str) -> None:
+    shape, tokens = SHAPES[name], tokens_of(SHAPES[name])
+    model, masks = model_of(shape), masks_of(shape, {kind: 1 if kind in ("groups", "queries") else 2}, soft=True)
+    target, tensors = extracted(model, masks)
+    dense = Stage(replace(model.architecture, shape=target)).double()
+    dense.load_state_dict(tensors, strict=True)
+    with torch.no_grad():
+        assert largest_difference(dense(tokens), model(tokens, masks=masks)) < 1e-12
+
+
+def test_layers_are_renumbered_in_order() -> None:
+    shape = SHAPES["plain"]
+    model = model_of(shape)
+    target, tensors = extracted(model, Masks(layers=torch.tensor([0.0, 1.0, 0.0, 1.0])))
+    assert target.layers == 2
+    assert list(tensors) == [parameter.name for parameter in named(target)]
+    for new, old in enumerate((1, 3)):
+        for row in LAYER_TABLE:
+            assert torch.equal(tensors[row.name.format(new)], model.get_parameter(row.name.format(old)))
+
+
+def test_decided_masks_only_cut() -> None:
+    """Masks of 0 and 1 leave every kept number as it was, bit for bit, in the weights' own dtype."""
+    shape = SHAPES["tied"]
+    model = model_of(shape).to(torch.bfloat16)
+    _, tensors = extracted(model, masks_of(shape, KEPT["tied"], soft=False).map(Tensor.float))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        assert set(tensor.flatten().tolist()) <= {
+            value for old in range(3) for value in _source(model, name, old).flatten().tolist()
+        }
+
+
+def _source(model: Stage, name: str, layer: int) -> Tensor:
+    parts = name.split(".")
+    return model.get_parameter(f"layers.{layer}.{parts[2]}" if parts[0] == "layers" else name).detach()
+
+
+def test_soft_masks_fold_in_float32_whatever_the_weights_dtype() -> None:
+    """A bfloat16 weight times several soft masks is rounded once."""
+    shape = SHAPES["grouped"]
+    model, masks = model_of(shape), masks_of(shape, KEPT["grouped"], soft=True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().double()
+    _, exact = extracted(model, masks)
+    _, rounded = extracted(model.bfloat16(), masks.map(Tensor.float))
+    for name, tensor in rounded.items():
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor.double(), exact[name], rtol=2**-8, atol=0)  # half a unit in the last place
+
+
+def test_the_source_is_left_as_it_was() -> None:
+    shape = SHAPES["grouped"]
+    model = model_of(shape)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    extracted(model, Masks(layers=torch.full((4,), 0.5), hidden=torch.full((20,), 0.5)))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_tensors_are_read_one_at_a_time() -> None:
+    shape = SHAPES["plain"]
+    model, reads = model_of(shape), []
+
+    def read(name: str) -> Tensor:
+        reads.append(name)
+        return model.get_parameter(name).detach()
+
+    _, tensors = extract(read, masks_of(shape, KEPT["plain"], soft=True), shape)
+    assert reads == []
+    stream: Iterator[tuple[str, Tensor]] = iter(tensors)
+    for number in range(1, 6):
+        next(stream)
+        assert len(reads) == number
+
+
+@pytest.mark.parametrize(
+    ("masks", "match"),
+    [
+        (Masks(ffn=torch.eye(4, 12) + torch.eye(4, 12).roll(1, 0).triu(1)), r"layer \d keeps ffn=\d, layer \d \d"),
+        (Masks(groups=torch.tensor([[1.0, 1, 1, 1]] * 3 + [[1, 1, 0, 0]])), "layer 3 keeps kv_heads=2, layer 0 4"),
+        (Masks(layers=torch.zeros(4)), "prune all 4 layers; keep at least 1"),
+    ],
+)
+def test_masks_that_make_no_dense_model_are_refused(masks: Masks, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        extract(model_of(SHAPES["plain"]).get_parameter, masks, SHAPES["plain"])
+
+
+def test_counts_in_pruned_layers_do_not_matter() -> None:
+    ffn = torch.ones(4, 12)
+    ffn[2, 3:] = 0
+    target, _ = extract(
+        model_of(SHAPES["plain"]).get_parameter, Masks(ffn=ffn, layers=torch.tensor([1.0, 1, 0, 1])), SHAPES["plain"]
+    )
+    assert (target.layers, target.ffn) == (3, 12)
+
+
+def test_a_misshaped_source_tensor_is_named() -> None:
+    shape = SHAPES["plain"]
+    source = {p.name: torch.ones(p.size) for p in named(shape)} | {"layers.0.attn_norm": torch.ones(3)}
+    _, tensors = extract(source.__getitem__, Masks(), shape)
+    with pytest.raises(ValueError, match=r"layers\.0\.attn_norm has size \[3\]; the source's is \[16\]"):
+        list(tensors)
+
+
+def test_every_pruned_dimension_is_selected_on_every_axis() -> None:
+    """By the table: an axis over HIDDEN, HEADS, KV_HEADS or FFN is cut, one over VOCAB is not."""
+    shape = SHAPES["tied"]
+    keep = Keep.of(masks_of(shape, {"hidden": 8, "groups": 2, "queries": 2, "ffn": 5}, soft=False), shape)
+    for parameter in named(shape):
+        indices = keep.indices(parameter.row, parameter.layer)
+        for dim, kept in zip(parameter.row.dims, indices, strict=False):
+            assert (kept is None) == (dim is Dim.VOCAB)

@@ -1,0 +1,165 @@
+"""Pipeline parallelism with torch's schedules; one stage without a pipeline is the plain loop over microbatches."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
+from shear_tron.masks import Masks
+from shear_tron.model.llama import Stage
+from shear_tron.parallel.tensor import TensorParallel
+from shear_tron.parallel.topology import Topology
+from shear_tron.shape import Architecture
+
+
+class PipelinePart(Stage):
+    """A stage whose masks wait in a queue: schedules pass tensors only, and call microbatches in order."""
+
+    waiting: Iterator[Masks | None] = iter(())
+
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, masks: Masks | None = None, time: int | None = None
+    ) -> Tensor:
+        assert labels is not None
+        assert masks is None
+        return super().forward(x, labels, next(self.waiting), labels.shape[1])
+
+
+def build_stages(architecture: Architecture, topology: Topology, checkpointing: str) -> list[Stage]:
+    """This rank's stages, on the meta device."""
+    layout = topology.layout
+    split = TensorParallel(topology.mesh["tp"], layout.sequence)
+    kind = Stage if layout.pp == 1 else PipelinePart
+    with torch.device("meta"):
+        return [
+            kind(architecture, layout.layers(number, architecture.shape.layers), split, checkpointing)
+            for number in stage_numbers(topology)
+        ]
+
+
+def stage_numbers(topology: Topology) -> list[int]:
+    """Which stages this rank holds: every pp-th one."""
+    layout = topology.layout
+    return [topology.pp_rank + turn * layout.pp for turn in range(layout.stages_per_rank)]
+
+
+class Microbatches:
+    """Runs forward and backward of one model over this rank's share of a batch.
+
+    Args:
+        stages: this rank's stages, filled and sharded.
+        count: microbatches in this rank's share.
+        micro_batch, time: sequences of a microbatch, tokens of a sequence; fixed, since a pipeline's messages are.
+        compute: dtype of activations.
+    """
+
+    def __init__(
+        self, stages: Sequence[Stage], topology: Topology, count: int, micro_batch: int, time: int, compute: torch.dtype
+    ) -> None:
+        self.stages, self.topology, self.count = list(stages), topology, count
+        self.has_loss = any(stage.is_last for stage in stages)
+        # What crosses a stage's edge: this rank's tokens at full hidden width, whatever a stage does inside.
+        tensor_ranks = topology.layout.tp if stages[0].split.sequence else 1
+        self.message = torch.empty(
+            micro_batch * time // tensor_ranks,
+            stages[0].architecture.shape.hidden,
+            dtype=compute,
+            device=topology.device,
+        )
+        self.schedule = self._schedule(micro_batch, time) if topology.layout.pp > 1 else None
+
+    def train(self, tokens: Tensor, labels: Tensor, masks: Sequence[Masks] | None) -> Tensor | None:
+        """Add the gradients of the mean loss to parameters and masks; return the loss of each sequence.
+
+        tokens, labels: [batch, time]; masks: one per microbatch, leaves. The gradient is of the mean over this rank's
+        batch; FSDP takes the mean over data-parallel ranks. The losses [batch] are known on ranks that hold the last
+        stage, elsewhere the result is None.
+        """
+        if self.schedule is not None:
+            queue: Sequence[Masks | None] = masks or [None] * self.count
+            for stage in self.stages:
+                cast(PipelinePart, stage).waiting = iter(queue)
+            inputs = (tokens,) if any(stage.is_first for stage in self.stages) else ()
+            result = self.schedule.step(*inputs, target=labels if self.has_loss else None, labels=labels)
+            return cast(Tensor, result).detach() if self.has_loss else None
+        stage, losses = self.stages[0], []
+        assert isinstance(stage, FSDPModule)
+        for number, (rows, wanted) in enumerate(zip(tokens.chunk(self.count), labels.chunk(self.count), strict=True)):
+            stage.set_requires_gradient_sync(number == self.count - 1)
+            loss = cast(Stage, stage)(rows, wanted, masks[number] if masks else None)
+            (loss.mean() / self.count).backward()
+            losses.append(loss.detach())
+        return torch.cat(losses)
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, labels: Tensor, masks: Masks | None) -> Tensor | None:
+        """The loss of each sequence, without gradients; as ``train`` but with the same masks throughout.
+
+        Schedules are made for training steps; forward alone needs only messages down the line.
+        """
+        group, losses, sent = self.topology.mesh.get_group("pp"), [], []
+        parts = list(zip(tokens.chunk(self.count), labels.chunk(self.count), strict=True))
+        for stage in self.stages:
+            if isinstance(stage, PipelinePart):
+                stage.waiting = iter([masks] * self.count)
+            for rows, wanted in parts:
+                x = rows
+                if not stage.is_first:
+                    x = torch.empty_like(self.message)
+                    dist.recv(x, group=group, group_src=(self.topology.pp_rank - 1) % self.topology.layout.pp)
+                x = stage(x, wanted) if isinstance(stage, PipelinePart) else stage(x, wanted, masks)
+                if stage.is_last:
+                    losses.append(x)
+                else:
+                    to = (self.topology.pp_rank + 1) % self.topology.layout.pp
+                    sent.append((x, dist.isend(x, group=group, group_dst=to)))  # x lives until it is sent
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # no backward will, and the optimizer wants the sharded parameters
+        for _, work in sent:
+            if work is not None:
+                work.wait()
+        return torch.cat(losses) if losses else None
+
+    def _schedule(self, micro_batch: int, time: int) -> Any:
+        layout, device = self.topology.layout, self.topology.device
+        # Shapes are said beforehand; a schedule would find them out by running stages on meta tensors.
+        ids = torch.empty(micro_batch, time, dtype=torch.int64, device=device)
+        precision = torch.float64 if self.message.dtype == torch.float64 else torch.float32
+        losses = torch.empty(micro_batch, dtype=precision, device=device)
+        group = self.topology.mesh.get_group("pp")
+        parts: list[Any] = [
+            PipelineStage(
+                cast(torch.nn.Module, stage),
+                number,
+                layout.pp * layout.stages_per_rank,
+                device,
+                input_args=ids if stage.is_first else self.message.clone().requires_grad_(),
+                output_args=losses.requires_grad_() if stage.is_last else self.message.clone().requires_grad_(),
+                group=group,
+            )
+            for number, stage in zip(stage_numbers(self.topology), self.stages, strict=True)
+        ]
+
+        def mean(losses: Tensor, _labels: Tensor) -> Tensor:
+            return losses.mean() / self.count
+
+        # scale_grads would divide the parameters' gradients by the count, and not those of the masks.
+        if layout.schedule == "interleaved":
+            return ScheduleInterleaved1F1B(parts, self.count, mean, scale_grads=False)
+        return Schedule1F1B(parts[0], self.count, mean, scale_grads=False)
+
+
+def on_all_stages(losses: Tensor | None, like: Tensor, topology: Topology) -> Tensor:
+    """The last stage's losses [batch], known to every pipeline rank."""
+    if topology.layout.pp == 1:
+        assert losses is not None
+        return losses
+    losses = torch.empty_like(like) if losses is None else losses.contiguous()
+    group = topology.mesh.get_group("pp")
+    dist.broadcast(losses, group_src=topology.layout.pp - 1, group=group)
+    return losses

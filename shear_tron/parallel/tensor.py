@@ -1,0 +1,156 @@
+"""Tensor and sequence parallelism: weights stored as DTensor shards, computed on as plain tensors.
+
+Storing them as DTensors lets FSDP, gradient clipping and checkpoints see how they are cut; computing on local tensors
+between ``enter`` and ``leave`` (Megatron-LM's g and g-bar, or f and its conjugate without sequence parallelism) gives
+every kernel a plain tensor.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from shear_tron.model.split import Whole
+from shear_tron.params import Param
+
+
+class TensorParallel(Whole):
+    """One rank's view of a model cut by heads, feed-forward columns and vocabulary (and, with ``sequence``, tokens)."""
+
+    def __init__(self, mesh: DeviceMesh, sequence: bool) -> None:
+        self.mesh, self.group = mesh, mesh.get_group()
+        self.rank, self.size = mesh.get_local_rank(), mesh.size()
+        self.sequence = sequence and self.size > 1
+        if self.size > 1:
+            self.all_reduce_max = lambda x: _all_reduced(x, dist.ReduceOp.MAX, self.group)
+            self.all_reduce_sum = lambda x: _all_reduced(x, dist.ReduceOp.SUM, self.group)
+
+    def weight(self, parameter: Tensor, row: Param) -> Tensor:
+        assert isinstance(parameter, DTensor)
+        # A norm's weight is whole on every rank; under sequence parallelism each rank saw only its tokens, so its
+        # gradient is a part of a sum.
+        whole: Placement = Partial() if self.sequence else Replicate()
+        return parameter.to_local(grad_placements=[whole] if row.cut_axis is None else None)
+
+    def enter(self, x: Tensor) -> Tensor:
+        if self.size == 1:
+            return x
+        return _apply(_Gather if self.sequence else _Copy, x, self.group)
+
+    def leave(self, x: Tensor) -> Tensor:
+        if self.size == 1:
+            return x
+        return _apply(_ReduceScatter if self.sequence else _Reduce, x, self.group)
+
+    def part(self, mask: Tensor | None) -> Tensor | None:
+        if mask is None or self.size == 1:
+            return mask
+        each = mask.shape[0] // self.size
+        return mask[self.rank * each : (self.rank + 1) * each]
+
+    def shared(self, mask: Tensor | None) -> Tensor | None:
+        if mask is None or self.size == 1 or self.sequence:
+            return mask
+        return _apply(_ScaleGradient, mask, 1 / self.size)  # every rank has the whole gradient
+
+    def placement(self, row: Param) -> Placement:
+        return Replicate() if row.cut_axis is None else Shard(row.cut_axis)
+
+    def bounds(self, row: Param, size: tuple[int, ...]) -> tuple[int, int]:
+        """This rank's (start, stop) along ``row.cut_axis`` of a weight of global ``size``."""
+        assert row.cut_axis is not None
+        each = size[row.cut_axis] // self.size
+        return self.rank * each, (self.rank + 1) * each
+
+    def parameter(self, part: Tensor, row: Param) -> nn.Parameter:
+        """The parameter of which this rank holds ``part``."""
+        return nn.Parameter(DTensor.from_local(part, self.mesh, [self.placement(row)], run_check=False))
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    result: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _all_reduced(x: Tensor, op: Any, group: dist.ProcessGroup) -> Tensor:
+    dist.all_reduce(x, op, group)
+    return x
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group)
+    return out
+
+
+def _reduce_scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    """[tokens / size, hidden] -> [tokens, hidden]; backward sums the ranks' gradients and cuts them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gathered(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce_scattered(grad, ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """Sum of the ranks' [tokens, hidden], cut to this rank's tokens; backward gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _reduce_scattered(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gathered(grad, ctx.group), None
+
+
+class _Copy(torch.autograd.Function):
+    """The identity; backward sums the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduced(grad.contiguous().clone(), dist.ReduceOp.SUM, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    """Sum of the ranks' tensors; backward is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _all_reduced(x.contiguous().clone(), dist.ReduceOp.SUM, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity; backward scales."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None

@@ -1,0 +1,169 @@
+"""Ranks and groups: the one owner of the process group and of the device mesh.
+
+The mesh has the axes (pp, replicate, shard, tp). Data parallelism is replicate x shard: ranks along ``shard`` hold one
+copy of the weights between them (FSDP), ranks along ``replicate`` hold copies. This is one of two files that read
+environment variables: those that torchrun sets.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from shear_tron.config import ConfigError, OptimConfig, ParallelConfig
+from shear_tron.params import CUT, LAYER_TABLE
+from shear_tron.shape import Shape, divisors, require_split
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ways each axis is cut; the product is the world size."""
+
+    pp: int = 1
+    replicate: int = 1
+    shard: int = 1
+    tp: int = 1
+    sequence: bool = True
+    schedule: str = "1f1b"
+    stages_per_rank: int = 1
+
+    @property
+    def dp(self) -> int:
+        return self.replicate * self.shard
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.dp * self.tp
+
+    @staticmethod
+    def plan(config: ParallelConfig, world: int) -> "Layout":
+        """The layout of ``config`` on ``world`` ranks. ConfigError where the numbers do not fit."""
+        model_ranks = config.pp * config.tp
+        if world % model_ranks or (config.dp and config.dp * model_ranks != world):
+            dp = config.dp or "N"
+            raise ConfigError(
+                f"world size {world} does not match parallel: pp={config.pp} x dp={dp} x tp={config.tp}; "
+                f"start {model_ranks * (config.dp or max(1, world // model_ranks))} processes, or change parallel"
+            )
+        dp = world // model_ranks
+        shard = dp if config.shard is None else config.shard
+        if dp % shard:
+            raise ConfigError(f"parallel.shard={shard} does not divide dp={dp}; use one of {divisors(dp)}")
+        return Layout(
+            config.pp, dp // shard, shard, config.tp, config.sequence, config.schedule, config.stages_per_rank
+        )
+
+    def require(self, shape: Shape, batch: int, micro_batch: int, sequence: int) -> None:
+        """Raise ConfigError unless a model of ``shape`` and this batch divide over the layout."""
+        try:
+            for dim in sorted({dim for row in LAYER_TABLE for dim in row.dims if dim in CUT}, key=lambda d: d.value):
+                require_split(dim.value, getattr(shape, dim.value), "tp", self.tp)
+            require_split("vocab", shape.vocab, "tp", self.tp)
+            require_split("layers", shape.layers, "pp * stages", self.pp * self.stages_per_rank)
+            require_split("batch / micro_batch", batch // micro_batch, "dp", self.dp)
+            if self.sequence:
+                require_split("micro_batch * sequence", micro_batch * sequence, "tp", self.tp)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        microbatches = batch // micro_batch // self.dp
+        if self.schedule == "interleaved" and microbatches % self.pp:
+            raise ConfigError(
+                f"{microbatches} microbatches a data-parallel rank are no multiple of pp={self.pp}, which the "
+                f"interleaved schedule needs; use train.batch={micro_batch * self.dp * self.pp} times a whole number"
+            )
+        if microbatches < self.pp:
+            raise ConfigError(
+                f"{microbatches} microbatches a data-parallel rank leave pp={self.pp} stages idle; use "
+                f"train.batch >= {micro_batch * self.dp * self.pp}"
+            )
+
+    def layers(self, stage: int, layers: int) -> range:
+        """The layers of pipeline stage ``stage`` of pp * stages_per_rank."""
+        each = layers // (self.pp * self.stages_per_rank)
+        return range(stage * each, (stage + 1) * each)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A layout with its process groups, as seen from this rank."""
+
+    layout: Layout
+    mesh: DeviceMesh
+    device: torch.device
+
+    @property
+    def pp_rank(self) -> int:
+        return self.mesh.get_local_rank("pp")
+
+    @property
+    def dp_rank(self) -> int:
+        return self.mesh.get_local_rank("replicate") * self.layout.shard + self.mesh.get_local_rank("shard")
+
+    @property
+    def tp_rank(self) -> int:
+        return self.mesh.get_local_rank("tp")
+
+    @property
+    def is_main(self) -> bool:
+        return dist.get_rank() == 0
+
+    @cached_property
+    def fsdp_mesh(self) -> DeviceMesh:
+        """Where FSDP shards, and replicates if there is more than one copy."""
+        return self.mesh["replicate", "shard"] if self.layout.replicate > 1 else self.mesh["shard"]
+
+    @cached_property
+    def ends(self) -> dist.ProcessGroup | None:
+        """The first and last pipeline rank of this rank's column, or None where this rank is neither or both."""
+        if self.layout.pp == 1:
+            return None
+        mine = None
+        ranks = self.mesh.mesh.flatten(1)  # [pp, other axes]
+        for column in range(ranks.shape[1]):
+            pair = [int(ranks[0, column]), int(ranks[-1, column])]
+            group = dist.new_group(pair)
+            if dist.get_rank() in pair:
+                mine = group
+        return mine
+
+
+def world_size() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(config: OptimConfig) -> torch.device:
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda, but no CUDA device is visible; use device=auto or cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def start(layout: Layout, device: torch.device, timeout_seconds: int = 600) -> Topology:
+    """Join the ranks. Under torchrun by its environment, alone without it; a process group already there is used."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_seconds)  # a rank that dies must not leave its peers waiting for ever
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    mesh = init_device_mesh(
+        device.type,
+        (layout.pp, layout.replicate, layout.shard, layout.tp),
+        mesh_dim_names=("pp", "replicate", "shard", "tp"),
+    )
+    return Topology(layout, mesh, device)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

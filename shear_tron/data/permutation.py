@@ -6,47 +6,49 @@ import numpy as np
 import numpy.typing as npt
 
 Integers = npt.NDArray[np.int64]
+Unsigned = npt.NDArray[np.uint64]
 
 ROUNDS = 8  # half-rounds of the Feistel network; four already decorrelate neighbours, eight leave a margin
 
 
-def keys(*parts: int | str) -> npt.NDArray[np.uint64]:
+def keys(*parts: int | str) -> Unsigned:
     """Round keys, a function of ``parts`` only. Shape [ROUNDS]."""
     digest = hashlib.shake_128(repr(parts).encode()).digest(8 * ROUNDS)
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 
-def permute(index: Integers, size: int, keys: npt.NDArray[np.uint64]) -> Integers:
-    """Where each ``index`` (0 <= index < size, any shape) goes under the permutation of range(size) named by ``keys``.
+def permute(index: Integers, size: int | Integers, keys: Unsigned) -> Integers:
+    """Where each ``index`` (0 <= index < size, shape [n]) goes under the permutation of range(size) named by ``keys``.
 
-    A Feistel network over the smallest power of two that holds ``size``, walked until it lands inside ("cycle
-    walking", Black and Rogaway 2002): at most two steps on average. Exact: a bijection for every key.
+    ``size`` is one number, or one for each index ([n]); so may be the keys ([ROUNDS, n]). The index is written with two
+    digits in a grid that just holds ``size``, and each digit in turn is shifted by a hash of the other: a Feistel
+    network, a bijection for every key. Where it leaves range(size), which the grid makes rare, it is walked on until it
+    is back ("cycle walking", Black and Rogaway 2002).
     """
-    result = index.astype(np.uint64)
-    if size < 2:
-        return result.astype(np.int64)
-    pending = np.arange(result.size)
-    while pending.size:
-        result.flat[pending] = _feistel(result.flat[pending], (size - 1).bit_length(), keys)
-        pending = pending[result.flat[pending] >= size]
+    sizes = np.broadcast_to(np.asarray(size, dtype=np.uint64), index.shape)
+    rows = np.ceil(np.sqrt(sizes)).astype(np.uint64)
+    columns = (sizes + rows - np.uint64(1)) // rows
+    keys = np.broadcast_to(keys.reshape(ROUNDS, -1), (ROUNDS, index.size))
+    result = _feistel(index.astype(np.uint64), rows, columns, keys)
+    while (outside := np.flatnonzero(result >= sizes)).size:
+        result[outside] = _feistel(result[outside], rows[outside], columns[outside], keys[:, outside])
     return result.astype(np.int64)
 
 
-def _feistel(value: npt.NDArray[np.uint64], bits: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    low_bits = np.uint64((bits + 1) // 2)
-    high_bits = np.uint64(bits) - low_bits
-    low_mask, high_mask = (np.uint64((1 << int(width)) - 1) for width in (low_bits, high_bits))
-    low, high = value & low_mask, value >> low_bits
+def _feistel(value: Unsigned, rows: Unsigned, columns: Unsigned, keys: Unsigned) -> Unsigned:
+    high, low = np.divmod(value, columns)
     for number, key in enumerate(keys):
         if number % 2:
-            high ^= _mix(low ^ key) & high_mask
+            high = (high + _mix(low ^ key)) % rows
         else:
-            low ^= _mix(high ^ key) & low_mask
-    return (high << low_bits) | low
+            low = (low + _mix(high ^ key)) % columns
+    return high * columns + low
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): an input bit flips half of the output bits."""
+def _mix(x: Unsigned) -> Unsigned:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): an input bit flips half of the output bits.
+
+    The upper 48 bits, so that a digit can be added without overflow."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return (x ^ (x >> np.uint64(31))) >> np.uint64(16)

@@ -72,6 +72,7 @@ class Sampler:
                     f"sequence={sequence} plus 1; use a shorter sequence or prepare more of it"
                 )
         self._dtype = self._windows[0].stream.dtype
+        self._counts = np.array([windows.count for windows in self._windows])
         self._offset = int(permutation.keys(seed, "mixture")[0])
         self._number = 0
         self._drawn = np.zeros(len(names), dtype=np.int64)
@@ -94,15 +95,16 @@ class Sampler:
         numbers = np.arange(self._number, self._number + samples, dtype=np.uint64)
         point = (np.uint64(self._offset) + numbers * np.uint64(GOLDEN) >> np.uint64(11)) * 2.0**-53
         domain = np.searchsorted(self._upper_ends(weights), point, side="right").astype(np.int64)
-        window, epoch = np.empty(samples, np.int64), np.empty(samples, np.int64)
-        for place, name in enumerate(self.names):
-            rows = np.flatnonzero(domain == place)
-            count = self._windows[place].count
-            epoch[rows], position = np.divmod(self._drawn[place] + np.arange(rows.size), count)
-            for turn in range(int(self._drawn[place]) // count, (int(self._drawn[place]) + rows.size - 1) // count + 1):
-                now = epoch[rows] == turn
-                window[rows[now]] = permute(position[now], count, _order(self.seed, name, turn))
-            self._drawn[place] += rows.size
+        counts = np.bincount(domain, minlength=len(self.names))
+        place = np.empty(samples, np.int64)  # in the domain's own sequence
+        place[np.argsort(domain, kind="stable")] = np.concatenate(
+            [np.arange(drawn, drawn + count) for drawn, count in zip(self._drawn, counts, strict=True)]
+        )
+        epoch, position = np.divmod(place, self._counts[domain])
+        orders, which = np.unique(np.stack([domain, epoch]), axis=1, return_inverse=True)
+        keys = np.stack([_order(self.seed, self.names[of], turn) for of, turn in orders.T.tolist()], axis=1)
+        window = permute(position, self._counts[domain], keys[:, which])
+        self._drawn += counts
         self._number += samples
         return Draw(domain, window, epoch)
 

@@ -4,13 +4,18 @@ The residual stream is [tokens, hidden], tokens being batch x time flattened (th
 parallelism); only attention sees [batch, time]. Parameters carry the names of ``shear_tron.params``.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import shear_kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from shear_tron.masks import LayerMasks, Masks
 from shear_tron.model.loss import next_token_loss
@@ -43,8 +48,8 @@ class Layer(nn.Module):
         """x: [tokens, hidden]; angles: (cos, sin), each [time, head_dim / 2]. Returns the new residual stream."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._forward(x, angles, masks)
-        contexts = {"context_fn": _keep_matmuls} if self.checkpointing == "selective" else {}
-        return cast(Tensor, checkpoint(self._forward, x, angles, masks, use_reentrant=False, **contexts))
+        keep = _keep_matmuls if self.checkpointing == "selective" else noop_context_fn
+        return cast(Tensor, checkpoint(self._forward, x, angles, masks, use_reentrant=False, context_fn=keep))
 
     def _forward(self, x: Tensor, angles: tuple[Tensor, Tensor], masks: LayerMasks) -> Tensor:
         split, eps = self.split, self.architecture.norm_eps
@@ -134,9 +139,10 @@ class Stage(nn.Module):
         row = next(row for row in table(self.architecture.shape.tied) if row.name == "norm")
         normed = shear_kernels.masked_rms_norm(x, self.split.weight(self.norm, row), hidden, self.architecture.norm_eps)
         normed = self.split.enter(normed)
+        head = self._head()
         if labels is None:
-            return F.linear(normed, self._head()).unflatten(0, (-1, time))
-        return next_token_loss(normed, self._head(), labels, self.split)
+            return F.linear(normed, head).view(-1, time, head.shape[0])
+        return next_token_loss(normed, head, labels, self.split)
 
     def _embedding(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
         """Rows of the embedding, gated. With a cut vocabulary each rank looks up its own rows and zeros the others."""
@@ -161,7 +167,7 @@ def _parameter(row: Param, architecture: Architecture) -> nn.Parameter:
     return nn.Parameter(torch.empty(row.size(architecture.shape)))
 
 
-def _keep_matmuls() -> tuple[object, object]:
+def _keep_matmuls() -> tuple[Any, Any]:
     """Selective checkpointing: the results of matrix products stay in memory, everything cheap is computed again."""
     aten = torch.ops.aten
     dear = {aten.mm.default, aten.addmm.default, aten.bmm.default}
@@ -169,4 +175,5 @@ def _keep_matmuls() -> tuple[object, object]:
     def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in dear else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return cast(tuple[object, object], create_selective_checkpoint_contexts(policy))
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
+    return contexts

@@ -1,0 +1,5 @@
+import sys
+
+from shear_tron.cli import main
+
+sys.exit(main())

@@ -1,0 +1,240 @@
+"""The training loop: pruning and (continued) pre-training are the same loop with and without a ``Pruner``."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shear_tron.checkpoint import sharded
+from shear_tron.config import save as save_config
+from shear_tron.data.mixture import Mixture
+from shear_tron.data.sampler import Batches, Sampler, held_out
+from shear_tron.masks import Masks
+from shear_tron.parallel import sync
+from shear_tron.parallel.data import shard
+from shear_tron.parallel.pipeline import Microbatches, build_stages, on_all_stages
+from shear_tron.parallel.topology import Topology
+from shear_tron.train.metrics import Log
+from shear_tron.train.plan import CONFIG, Inputs, Plan
+from shear_tron.train.pruner import Pruner, moments, start_moments
+from shear_tron.train.schedule import learning_rate_factor
+
+REFERENCES = "reference_losses.json"
+
+
+class Trainer:
+    """One run on this rank: model, optimizer, data, and masks if it prunes."""
+
+    def __init__(self, plan: Plan, inputs: Inputs, topology: Topology, compute: torch.dtype) -> None:
+        self.plan, self.inputs, self.topology = plan, inputs, topology
+        self.config, self.run = plan.config, Path(plan.config.run)
+        train = self.config.train
+        stages = build_stages(plan.architecture, topology, train.activation_checkpointing)
+        self.stages = [shard(stage, inputs.weights, topology, torch.float32, compute) for stage in stages]
+        self.engine = Microbatches(
+            self.stages, topology, plan.microbatches, train.micro_batch, self.config.data.sequence, compute
+        )
+        self.optimizer = torch.optim.AdamW(
+            [parameter for stage in self.stages for parameter in stage.parameters()],
+            lr=train.learning_rate,
+            betas=train.betas,
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        self.pruner: Pruner | None = None
+        if self.config.prune is not None and plan.target is not None:
+            shape = plan.architecture.shape
+            self.pruner = Pruner(shape, plan.target, self.config.prune, train.seed, topology)
+        self.step = 0  # updates made
+        self.mixture: Mixture | None = None
+        self.sampler = Sampler(inputs.manifest, inputs.names, self.config.data.sequence, train.seed)
+        windows = [
+            held_out(inputs.manifest, name, self.config.data.sequence, self.config.data.evaluate_windows)
+            for name in inputs.names
+        ]
+        self.held_out = torch.cat(windows)
+        self.held_out_domain = torch.cat([torch.full((len(w),), place) for place, w in enumerate(windows)])
+
+    def fit(self) -> dict[str, float]:
+        """Train to the last step, from the newest checkpoint if there is one. Returns final held-out losses."""
+        train, data = self.config.train, self.config.data
+        resumed = self._resume()
+        log = Log(self.run, self.step, train.steps, self._title(), self.topology.is_main)
+        if resumed:
+            log.say(f"going on from step {self.step} of {self.run}")
+        elif self.topology.is_main:
+            save_config(self.config, self.run / CONFIG)
+        if self.mixture is None:
+            self.mixture = self._start_mixture(log)
+        share = train.batch // self.topology.layout.dp
+        first = self.topology.dp_rank * share
+        batches = Batches(self.sampler, train.batch, first, first + share, self.mixture.weights)
+        try:
+            while self.step < train.steps:
+                line = self._update(batches)
+                self.step += 1
+                if self.step == train.steps:
+                    break
+                if data.update_every and self.step % data.update_every == 0:
+                    line["held_out"] = self.evaluate(self._current_masks())
+                    batches.set_weights(self.mixture.update(line["held_out"]))
+                elif data.evaluate_every and self.step % data.evaluate_every == 0:
+                    line["held_out"] = self.evaluate(self._current_masks())
+                self._tell(log, line)
+                if train.checkpoint_every and self.step % train.checkpoint_every == 0:
+                    self._save(batches)
+            losses = self.evaluate(self.pruner.gates.decide() if self.pruner else None)
+            if not resumed or self.step > resumed:
+                line["held_out"] = losses
+                self._tell(log, line)
+                self._save(batches)
+        finally:
+            batches.close()
+            log.close()
+        return losses
+
+    def _update(self, batches: Batches) -> dict[str, Any]:
+        """One step: forward and backward of every microbatch, then weights and masks move. Returns its log line."""
+        start, train, dp_rank = time.perf_counter(), self.config.train, self.topology.dp_rank
+        windows, domains = batches.next()
+        windows = windows.to(self.topology.device, non_blocking=True)
+        tokens, labels = windows[:, :-1], windows[:, 1:]
+        sampled, leaves = None, None
+        if self.pruner:
+            mine = range(dp_rank * self.plan.microbatches, (dp_rank + 1) * self.plan.microbatches)
+            sampled, leaves = self.pruner.sample(self.step, mine)
+        losses = self._everywhere(self.engine.train(tokens, labels, leaves), len(tokens))
+        sync.sum_tied(self.stages, self.topology)
+        norm = sync.clip(self.stages, train.clip, self.topology)
+        factor = learning_rate_factor(self.step, train.steps, train.warmup_steps, train.min_learning_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.learning_rate * factor
+        report: dict[str, float] = {}
+        if self.pruner and sampled and leaves:
+            report = self.pruner.backward(self.step, sampled, leaves)
+            self.pruner.step(factor)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        by_domain, counts = self._by_domain(losses, domains)
+        loss = float((by_domain * counts).nansum() / counts.sum())
+        if not torch.isfinite(torch.tensor(loss)):
+            raise FloatingPointError(f"loss={loss} at step {self.step}; lower train.learning_rate or check the data")
+        assert self.mixture is not None
+        seconds = time.perf_counter() - start
+        return {
+            "step": self.step,
+            "loss": loss,
+            "domain_loss": self._named(by_domain),
+            "weights": dict(zip(self.inputs.names, self.mixture.weights.tolist(), strict=True)),
+            "gradient_norm": float(norm),
+            "learning_rate": train.learning_rate * factor,
+            **report,
+            "seconds": seconds,
+            "tokens_per_second": train.batch * self.config.data.sequence / seconds,
+        }
+
+    def evaluate(self, masks: Masks | None) -> dict[str, float]:
+        """Held-out loss of each domain, nats a token, the same on all ranks."""
+        if masks is not None and self.pruner:
+            masks = self.pruner.on_device(masks)
+        layout, dp_rank = self.topology.layout, self.topology.dp_rank
+        share = self.config.train.batch // layout.dp
+        losses, total = [], len(self.held_out)
+        for first in range(0, total, share * layout.dp):
+            rows = torch.arange(first + dp_rank * share, first + (dp_rank + 1) * share)
+            windows = self.held_out[rows % total].to(self.topology.device)  # wraps round to fill the last batch
+            found = self._everywhere(self.engine.evaluate(windows[:, :-1], windows[:, 1:], masks), share)
+            losses.append((rows, found))
+        rows = torch.cat([rows for rows, _ in losses])
+        found = torch.cat([found for _, found in losses])
+        real = rows < total
+        by_domain, _ = self._by_domain(found[real.to(found.device)], self.held_out_domain[rows[real]])
+        return self._named(by_domain)
+
+    def _by_domain(self, losses: Tensor, domains: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean loss, sequences) of each domain over all data-parallel ranks; NaN where there were none. On the CPU."""
+        sums = torch.zeros(2, len(self.inputs.names), dtype=torch.float64)
+        sums[0].index_add_(0, domains, losses.double().cpu())
+        sums[1].index_add_(0, domains, torch.ones_like(domains, dtype=torch.float64))
+        sums = sync.total(sums.to(self.topology.device), self.topology).cpu()
+        return sums[0] / sums[1], sums[1]
+
+    def _named(self, by_domain: Tensor) -> dict[str, float]:
+        values = zip(self.inputs.names, by_domain.tolist(), strict=True)
+        return {name: value for name, value in values if value == value}
+
+    def _everywhere(self, losses: Tensor | None, sequences: int) -> Tensor:
+        like = torch.empty(sequences, dtype=torch.float32, device=self.topology.device)
+        return on_all_stages(losses, like, self.topology)
+
+    def _current_masks(self) -> Masks | None:
+        return self.pruner.gates.decide_expected() if self.pruner else None
+
+    def _title(self) -> str:
+        return "pruning" if self.pruner else "training"
+
+    def _start_mixture(self, log: Log) -> Mixture:
+        references = self.config.data.reference_losses
+        if references == "source":
+            references = self.evaluate(None)
+            log.say("reference losses measured from the source: " + _listed(references))
+        if self.topology.is_main and references:
+            (self.run / REFERENCES).write_text(json.dumps(references, indent=1) + "\n")
+        update = self.config.data.mixture
+        if not self.config.data.update_every:
+            update = update.model_copy(update={"update": "constant"})
+        return Mixture(self.inputs.names, self.inputs.proportions, references or {}, update)
+
+    def _tell(self, log: Log, line: dict[str, Any]) -> None:
+        if line["step"] % self.config.train.log_every == 0 or "held_out" in line:
+            log.write(line)
+        if "held_out" in line:
+            log.say(f"step {self.step}: held-out loss " + _listed(line["held_out"]))
+        shown = {"loss": f"{line['loss']:.3f}", "tokens/s": f"{line['tokens_per_second']:.0f}"}
+        if "expected_sparsity" in line:
+            shown["sparsity"] = f"{line['expected_sparsity']:.2f}/{line['target_sparsity']:.2f}"
+        log.advance(**shown)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        parameters = {name: p for stage in self.stages for name, p in stage.named_parameters()}
+        found = {name: parameter.detach() for name, parameter in parameters.items()}
+        found |= moments(self.optimizer, parameters)
+        return found | (self.pruner.tensors() if self.pruner else {})
+
+    def _save(self, batches: Batches) -> None:
+        assert self.mixture is not None
+        progress = {
+            "step": self.step,
+            "sampler": batches.state(),
+            "mixture": self.mixture.state(),
+            "references": self.mixture.references,
+        }
+        sharded.save(self.run, self.step, self._tensors(), progress, self.config.train.keep_checkpoints)
+
+    def _resume(self) -> int:
+        """Go on from the newest checkpoint. Returns its step; 0 where there is none."""
+        checkpoint = sharded.latest(self.run)
+        self.run.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            return 0
+        progress = sharded.progress(checkpoint)
+        self.step = progress["step"]
+        start_moments(self.optimizer, self.step)
+        if self.pruner:
+            self.pruner.begin_at(self.step)
+        sharded.load(checkpoint, self._tensors())
+        self.sampler.restore(progress["sampler"])
+        update = self.config.data.mixture
+        if not self.config.data.update_every:
+            update = update.model_copy(update={"update": "constant"})
+        self.mixture = Mixture(self.inputs.names, self.inputs.proportions, progress["references"], update)
+        self.mixture.restore(progress["mixture"])
+        return self.step
+
+
+def _listed(losses: dict[str, float]) -> str:
+    return ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())

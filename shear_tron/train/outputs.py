@@ -1,0 +1,51 @@
+"""From a run's checkpoint to a Hugging Face folder: the dense model of a pruning run, or a trained model as it is."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from shear_tron.checkpoint import huggingface, sharded
+from shear_tron.config import TrainConfig, load
+from shear_tron.params import count, named
+from shear_tron.pruning import select
+from shear_tron.pruning.gates import Gates
+from shear_tron.train.plan import CONFIG
+
+
+def extract(run: Path, output: str, step: int | None, dtype: str) -> str:
+    """Write the dense model that the decided masks of a pruning run leave. Returns a sentence about it.
+
+    The masks keep exactly the target's counts in every layer; their values are folded into the weights (DESIGN in
+    docs/architecture.md). Raises ValueError where ``run`` is not a pruning run or ``output`` exists.
+    """
+    config, checkpoint = _open(run, step)
+    if config.prune is None:
+        raise ValueError(f"{run} is a training run without masks; use `shear-tron export {run} {output}`")
+    source = huggingface.read_architecture(config.model)
+    gates = Gates(source.shape, config.prune.target.shape(source.shape))
+    gates.load_state_dict({kind: checkpoint.read(f"gates.{kind}") for kind in gates.logits})
+    shape, tensors = select.extract(checkpoint.read, gates.decide(), source.shape)
+    huggingface.write(
+        output, replace(source, shape=shape), tensors, dtype=getattr(torch, dtype), tokenizer_from=config.model
+    )
+    return f"{output}: {count(shape):,} of {count(source.shape):,} parameters, {shape}"
+
+
+def export(run: Path, output: str, step: int | None, dtype: str) -> str:
+    """Write the weights of a (continued) pre-training run. Returns a sentence about it."""
+    config, checkpoint = _open(run, step)
+    if config.prune is not None:
+        raise ValueError(f"{run} is a pruning run; use `shear-tron extract {run} {output}`")
+    architecture = huggingface.read_architecture(config.model)
+    tensors = ((param.name, checkpoint.read(param.name)) for param in named(architecture.shape))
+    huggingface.write(output, architecture, tensors, dtype=getattr(torch, dtype), tokenizer_from=config.model)
+    return f"{output}: {count(architecture.shape):,} parameters, {architecture.shape}"
+
+
+def _open(run: Path, step: int | None) -> tuple[TrainConfig, sharded.Reader]:
+    checkpoint = sharded.latest(run) if step is None else sharded.path(run, step)
+    if checkpoint is None or not checkpoint.exists():
+        have = ", ".join(sorted(path.name for path in (run / "checkpoints").glob("step-????????"))) or "none"
+        raise ValueError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; it has {have}")
+    return load(TrainConfig, run / CONFIG), sharded.Reader(checkpoint)

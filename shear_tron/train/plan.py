@@ -1,0 +1,121 @@
+"""Everything that can be known, and can be wrong, before a rank starts: what `show` prints and `train` relies on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from shear_tron.checkpoint.huggingface import Weights, read_architecture
+from shear_tron.config import ConfigError, TrainConfig
+from shear_tron.data.manifest import Manifest
+from shear_tron.data.mixture import Mixture
+from shear_tron.parallel.topology import Layout, choose_device
+from shear_tron.pruning.gates import pruned_kinds
+from shear_tron.shape import Architecture, Shape
+
+CONFIG = "config.yaml"
+
+# Keys in which a run may differ from the config saved in its folder when it goes on.
+MAY_CHANGE = (
+    "parallel", "train.steps", "train.device", "train.activation_checkpointing", "train.log_every",
+    "train.checkpoint_every", "train.keep_checkpoints", "prune.compact", "prune.multiple", "data.evaluate_every",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that fits together."""
+
+    config: TrainConfig
+    architecture: Architecture
+    target: Shape | None  # of pruning
+    layout: Layout
+
+    @property
+    def microbatches(self) -> int:
+        """In each data-parallel rank's share of a batch."""
+        return self.config.train.batch // self.config.train.micro_batch // self.layout.dp
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, found to be whole and to belong together."""
+
+    weights: Weights
+    manifest: Manifest
+    names: tuple[str, ...]  # of domains, in the order in which the sampler knows them
+    proportions: tuple[float, ...]  # starting weights
+
+
+def plan(config: TrainConfig, world: int) -> Plan:
+    """Check sizes against each other. Reads no more than the model's config.json. Raises ValueError in one line."""
+    architecture = read_architecture(config.model)
+    target = None
+    if config.prune is not None:
+        target = config.prune.target.shape(architecture.shape)
+        pruned_kinds(architecture.shape, target)  # something is smaller
+        if config.train.steps <= config.prune.warmup_steps:
+            raise ConfigError(
+                f"train.steps={config.train.steps} end before the target sparsity is reached at "
+                f"prune.warmup_steps={config.prune.warmup_steps}; use more steps or a shorter warm-up"
+            )
+    if config.data.sequence > architecture.context:
+        raise ConfigError(
+            f"data.sequence={config.data.sequence} is longer than the model's context={architecture.context}; "
+            f"use at most {architecture.context}"
+        )
+    layout = Layout.plan(config.parallel, world)
+    layout.require(architecture.shape, config.train.batch, config.train.micro_batch, config.data.sequence)
+    return Plan(config, architecture, target, layout)
+
+
+def inputs(plan: Plan) -> Inputs:
+    """Open weights and data and check them against the model. Raises ValueError in one line."""
+    config, shape = plan.config, plan.architecture.shape
+    weights = Weights.open(config.model, plan.architecture)
+    manifest = Manifest.read(config.data.folder, tokenizer=config.model, vocab=shape.vocab)
+    given = config.data.weights
+    names = tuple(manifest.domains) if given == "proportional" else tuple(given)
+    manifest.require(names)
+    proportions = tuple(float(manifest.domain(n).tokens() if given == "proportional" else given[n]) for n in names)
+    if isinstance(config.data.reference_losses, dict):
+        Mixture(names, proportions, config.data.reference_losses, config.data.mixture)
+    return Inputs(weights, manifest, names, proportions)
+
+
+def precision(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
+    """The device, and the dtype of forward and backward. Weights and optimizer are float32."""
+    device = choose_device(config.train)
+    chosen = config.train.precision
+    if chosen == "auto":
+        chosen = "bfloat16" if device.type == "cuda" else "float32"
+    return device, torch.bfloat16 if chosen == "bfloat16" else torch.float32
+
+
+def claim(config: TrainConfig) -> None:
+    """Check that the run's folder is free or holds an earlier part of this very run. ConfigError if not."""
+    saved = Path(config.run) / CONFIG
+    if not saved.exists():
+        return
+    before, now = yaml.safe_load(saved.read_text()), config.model_dump(mode="json")
+    for key in _differences(before, now):
+        if not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE):
+            raise ConfigError(
+                f"{config.run} holds a run with another {key} ({_at(before, key)!r}, now {_at(now, key)!r}); choose "
+                "another run folder, or delete this one"
+            )
+
+
+def _differences(before: object, now: object, prefix: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict) and prefix not in ("data.weights", "data.reference_losses"):
+        keys = [*now, *(key for key in before if key not in now)]
+        dot = prefix + "." if prefix else ""
+        return [found for key in keys for found in _differences(before.get(key), now.get(key), dot + key)]
+    return [] if before == now else [prefix]
+
+
+def _at(values: object, key: str) -> object:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values

@@ -1,0 +1,99 @@
+"""The learning of masks within a training step: sample, pull gradients back, add the constraint, step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shear_tron.config import PruneConfig
+from shear_tron.masks import Masks
+from shear_tron.parallel import sync
+from shear_tron.parallel.topology import Topology
+from shear_tron.pruning.constraint import Constraint, parameter_groups
+from shear_tron.pruning.gates import Gates
+from shear_tron.shape import Shape
+
+
+class Pruner:
+    """Gates and multipliers with their optimizer, alike on every rank.
+
+    Within a step the model sees ``leaves``: detached masks of each microbatch. ``backward`` then takes the gradients
+    they gathered through the sampler, once, sums them over ranks and adds the Lagrangian's.
+    """
+
+    def __init__(self, source: Shape, target: Shape, config: PruneConfig, seed: int, topology: Topology) -> None:
+        self.topology = topology
+        self.gates = Gates(source, target, seed)
+        self.constraint = Constraint(source, target, config.warmup_steps)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.gates, self.constraint, config.learning_rate))
+        self.rate = config.learning_rate
+
+    def sample(self, step: int, microbatches: range) -> tuple[list[Masks], list[Masks]]:
+        """(sampled, leaves) of microbatches of the global batch: on the host with a graph, on the device without."""
+        sampled = [self.gates.sample(step, number) for number in microbatches]
+        return sampled, [masks.map(self._leaf) for masks in sampled]
+
+    def _leaf(self, mask: Tensor) -> Tensor:
+        return mask.detach().to(self.topology.device, copy=True).requires_grad_()
+
+    def on_device(self, masks: Masks) -> Masks:
+        return masks.map(lambda mask: mask.to(self.topology.device))
+
+    def backward(self, step: int, sampled: Sequence[Masks], leaves: Sequence[Masks]) -> dict[str, float]:
+        """Set the gradients of logits and multipliers. Returns the constraint's report."""
+        self.optimizer.zero_grad()
+        for logits in self.gates.logits.values():
+            logits.grad = torch.zeros_like(logits)
+        ends: list[Tensor] = []
+        grads: list[Tensor] = []
+        for masks, detached in zip(sampled, leaves, strict=True):
+            for (_, mask), (_, leaf) in zip(masks.items(), detached.items(), strict=True):
+                if leaf.grad is not None:
+                    ends.append(mask)
+                    grads.append(leaf.grad.to(mask.device))
+        torch.autograd.backward(ends, grads)
+        sync.sum_parts_mean_data([p.grad for p in self.gates.logits.values() if p.grad is not None], self.topology)
+        penalty, report = self.constraint.penalty(self.gates, step)
+        penalty.backward()  # type: ignore[no-untyped-call]
+        return report
+
+    def step(self, rate_factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * rate_factor
+        self.optimizer.step()
+        self.gates.clamp_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything to checkpoint, by name; the tensors themselves."""
+        found = {}
+        for kind, logits in self.gates.logits.items():
+            found[f"gates.{kind}"] = logits.detach()
+            found |= _moments(self.optimizer, logits, f"gates.{kind}")
+        for kind, pair in self.constraint.multipliers.items():
+            found[f"multipliers.{kind}"] = pair.detach()
+            found |= _moments(self.optimizer, pair, f"multipliers.{kind}")
+        return found
+
+    def begin_at(self, step: int) -> None:
+        start_moments(self.optimizer, step)
+
+
+def start_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Give every parameter Adam's state after ``step`` updates, moments zero: what a checkpoint fills."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(step), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -> dict[str, Tensor]:
+    state = optimizer.state[parameter]
+    return {f"adam.{name}.{moment}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+
+
+def moments(optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """Adam's moments of named parameters, by the name they have in a checkpoint."""
+    return {key: value for name, p in named.items() for key, value in _moments(optimizer, p, name).items()}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from shear_tron.data import tokens as tokens_module
 from shear_tron.data.manifest import Domain, Manifest, Shard, sha256
-from shear_tron.data.permutation import keys, permute
+from shear_tron.data.permutation import ROUNDS, keys, permute
 from shear_tron.data.sampler import Batches, Sampler, held_out
 from shear_tron.data.tokens import document_ends
 
@@ -74,16 +74,32 @@ def test_permutation_can_be_entered_anywhere(size: int) -> None:
     assert together.max() < size
 
 
-def test_permutation_leaves_no_pattern() -> None:
+@pytest.mark.parametrize("size", [3, 5, 7, 12])
+def test_permutation_leaves_no_pattern(size: int) -> None:
     """Over many keys every place is hit equally often, and neighbours land anywhere."""
-    size, trials = 7, 7000
-    moved = np.stack([permute(np.arange(size), size, keys("trial", trial)) for trial in range(trials)])
-    expected = trials / size
+    trials = 20000
+    drawn = np.random.default_rng(size).integers(0, 2**64, size=(ROUNDS, trials), dtype=np.uint64)
+    moved = np.stack([permute(np.full(trials, place), size, drawn) for place in range(size)], axis=1)
     for place in range(size):
-        counts = np.bincount(moved[:, place], minlength=size)
-        assert ((counts - expected) ** 2 / expected).sum() < 30  # chi-square, 6 degrees of freedom: 4e-5
-    gaps = np.bincount((moved[:, 1] - moved[:, 0]) % size, minlength=size)[1:]
-    assert ((gaps - trials / 6) ** 2 / (trials / 6)).sum() < 30
+        assert chi_square(np.bincount(moved[:, place], minlength=size)) < size + 8 * np.sqrt(size)
+    for place in range(1, size):
+        gaps = np.bincount((moved[:, place] - moved[:, 0]) % size, minlength=size)
+        assert gaps[0] == 0
+        assert chi_square(gaps[1:]) < size + 8 * np.sqrt(size)
+
+
+def chi_square(counts: np.ndarray) -> float:  # type: ignore[type-arg]
+    """Of counts that should be equal; its mean is their number less one, its deviation sqrt(2 * that)."""
+    return float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+
+
+def test_sizes_and_keys_may_differ_by_index() -> None:
+    """One call for all domains is the same as a call for each."""
+    sizes = np.array([5, 1000, 5, 1, 10**12])
+    index = np.array([4, 17, 0, 0, 10**11])
+    each = [keys("key", number) for number in range(5)]
+    alone = [int(permute(index[i : i + 1], int(sizes[i]), each[i])[0]) for i in range(5)]
+    assert permute(index, sizes, np.stack(each, axis=1)).tolist() == alone
 
 
 # The sequence of samples

@@ -17,11 +17,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from torch import Tensor, float64
+from torch import Tensor, cuda, float64
 
-from shear_kernels import reference
+from shear_kernels import dense_attention, reference
 from shear_kernels.cross_entropy import vocab_cross_entropy
-from shear_kernels.reference import gated_residual, masked_attention
+from shear_kernels.dense_attention import AttentionBackend
+from shear_kernels.reference import gated_residual
 
 Backend = Literal["triton", "reference"]
 
@@ -50,6 +51,31 @@ def _kernels(x: Tensor, backend: Backend | None, module: str) -> Any:
     if backend == "triton" or (backend is None and (x.is_cuda or INTERPRETED) and _have_triton()):
         return _module(module)
     return reference
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_mask: Tensor | None = None,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    backend: AttentionBackend | None = None,
+) -> Tensor:
+    """``softmax(q k^T / sqrt(head_dim)) v * head_mask``. q: [batch, time, heads, head_dim]; k, v: [batch, time,
+    kv_heads, head_dim]; head_mask: [heads]; cu_seqlens: [documents + 1] int32, ends of documents in the flattened
+    batch * time axis. Returns [batch, time, heads, head_dim].
+
+    On CUDA the backend is the fastest measured on this device, gated or not (``dense_attention.MEASURED``); ``backend``
+    overrides it: "triton", "reference", "sdpa", "sdpa_flash", "sdpa_cudnn" or "flash_attn".
+    """
+    if backend is None and q.is_cuda and q.dtype != float64:
+        backend = dense_attention.choose(cuda.get_device_name(q.device), head_mask is not None, cu_seqlens is not None)
+    if backend in ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn"):
+        return dense_attention.masked_attention(q, k, v, head_mask, causal, cu_seqlens, backend)
+    own: Backend | None = backend  # the two that this package holds itself, or None
+    out: Tensor = _kernels(q, own, "attention").masked_attention(q, k, v, head_mask, causal, cu_seqlens)
+    return out
 
 
 def masked_swiglu(gate: Tensor, up: Tensor, mask: Tensor | None = None, backend: Backend | None = None) -> Tensor:

@@ -7,7 +7,8 @@
 
 The gradient is the rotation by the opposite angle. One program turns all heads of one token, so cos and sin are read
 once a token and not once a head. Bytes moved per element of 2 bytes: 4 either way; PyTorch's products, sums
-and concatenation each read and write on their own, several times that: so the model gains from it. cos and sin are constants: they get no gradient.
+and concatenation each read and write on their own, several times that: so the model gains from it. cos and sin are
+constants: they get no gradient.
 """
 
 from typing import Any

@@ -46,8 +46,8 @@ def assert_lawful(name: str, tensors: Mapping[str, Tensor | None], **options: An
     """Kernel against reference for all outputs and gradients. Returns the kernel's results.
 
     The gradient of a gate that is exactly 0 must be exactly 0. The floor of 2^-21 of the largest value is four float32
-    roundings, for results that plain PyTorch happens to hit exactly. A single number, such as d(layer_gate), is left to
-    a test that pools several draws: one draw of plain PyTorch's error says nothing of its size.
+    roundings, for results that plain PyTorch happens to hit exactly. Gradients of fewer than 16 gates are left to tests
+    that pool several draws: a handful of plain PyTorch's errors says nothing of their size.
     """
     ours = run(getattr(shear_kernels, name), tensors, None, backend="triton", **options)
     plain = run(getattr(reference, name), tensors, None, **options)
@@ -61,7 +61,10 @@ def assert_lawful(name: str, tensors: Mapping[str, Tensor | None], **options: An
             assert gate is not None
             assert not mine[gate == 0].any(), f"{key}: not 0 where the gate is 0"
             mine, theirs, truth = mine[gate != 0], theirs[gate != 0], truth[gate != 0]
-        if ours[key].dim() and truth.numel():
+            if truth.numel() < 16:
+                assert torch.isfinite(mine).all(), key
+                continue
+        if truth.numel():
             error, allowed = (mine - truth).abs().max(), 2 * (theirs - truth).abs().max() + truth.abs().max() / 2**21
             assert error <= allowed, f"{key}: error {error:.3g} exceeds {allowed:.3g}, twice plain PyTorch's"
     return ours

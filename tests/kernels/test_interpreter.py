@@ -15,7 +15,7 @@ def test_laws_hold_under_the_interpreter() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", str(Path(__file__).parent)],
+        [sys.executable, "-m", "pytest", "-rf", "-p", "no:cacheprovider", str(Path(__file__).parent)],
         env=environment,
         capture_output=True,
         text=True,
@@ -24,4 +24,4 @@ def test_laws_hold_under_the_interpreter() -> None:
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout
-    assert int(passed[1]) > 100, f"only {passed[1]} laws ran"
+    assert int(passed[1]) > 250, f"only {passed[1]} laws ran"

@@ -1,0 +1,145 @@
+"""Masked attention: kernel = reference."""
+
+from typing import Any
+
+import pytest
+import shear_kernels
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_law import DEVICE, DTYPES, MASKS, assert_lawful, assert_same_bits, gates, normal, run
+from torch import Tensor
+
+DOCUMENTS = {
+    "none": None,
+    "inside rows": [0, 20, 67, 90, 134],  # with two rows of 67 tokens
+    "across rows, open end": [0, 40, 100],
+    "single tokens": [0, 1, 2, 3, 130, 134],
+}
+
+
+def inputs(
+    batch: int, time: int, heads: int, kv_heads: int, head_dim: int, mask: str, dtype: torch.dtype
+) -> dict[str, Tensor | None]:
+    return {
+        "q": normal(batch, time, heads, head_dim, seed=1, dtype=dtype),
+        "k": normal(batch, time, kv_heads, head_dim, seed=2, dtype=dtype),
+        "v": normal(batch, time, kv_heads, head_dim, seed=3, dtype=dtype),
+        "head_mask": gates(mask, heads),
+    }
+
+
+def cumulative(ends: list[int] | None) -> Tensor | None:
+    return None if ends is None else torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+
+
+def kernel(tensors: dict[str, Tensor | None], **options: Any) -> dict[str, Tensor]:
+    return run(shear_kernels.masked_attention, tensors, None, backend="triton", **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_masks(causal: bool, mask: str, dtype: torch.dtype) -> None:
+    assert_lawful("masked_attention", inputs(2, 70, 4, 2, 32, mask, dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 96, 128])
+def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
+    assert_lawful("masked_attention", inputs(1, 75, 2, 1, head_dim, "ones", dtype))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 3), (5, 1)])
+def test_grouped_queries(heads: int, kv_heads: int) -> None:
+    assert_lawful("masked_attention", inputs(1, 40, heads, kv_heads, 32, "soft", torch.float32))
+
+
+@pytest.mark.parametrize("time", [1, 31, 32, 33, 64, 127, 129, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_length(time: int, dtype: torch.dtype) -> None:
+    assert_lawful("masked_attention", inputs(1, time, 2, 1, 16, "ones", dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("documents", list(DOCUMENTS))
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents(causal: bool, documents: str, dtype: torch.dtype) -> None:
+    cu_seqlens = cumulative(DOCUMENTS[documents])
+    assert_lawful("masked_attention", inputs(2, 67, 3, 1, 32, "soft", dtype), causal=causal, cu_seqlens=cu_seqlens)
+
+
+def test_a_document_is_alone() -> None:
+    """Attention over packed documents equals attention over each by itself."""
+    tensors = inputs(1, 100, 2, 1, 32, "ones", torch.float32)
+    packed = kernel(tensors, cu_seqlens=cumulative([0, 37, 100]))["output 0"]
+    for span in (slice(0, 37), slice(37, 100)):
+        alone = kernel({n: t if t is None or n == "head_mask" else t[:, span] for n, t in tensors.items()})["output 0"]
+        torch.testing.assert_close(packed[:, span], alone, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 2),
+    st.integers(2, 90),  # with one key the softmax is constant, dq is 0 and the law empty
+    st.sampled_from([(1, 1), (2, 1), (4, 2)]),
+    st.sampled_from([8, 32, 48]),
+    st.sampled_from(MASKS),
+    st.booleans(),
+    st.sampled_from(DTYPES),
+)
+def test_any_shape(
+    batch: int, time: int, heads: tuple[int, int], head_dim: int, mask: str, causal: bool, dtype: torch.dtype
+) -> None:
+    assert_lawful("masked_attention", inputs(batch, time, *heads, head_dim, mask, dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_gradients_are_the_references(dtype: torch.dtype) -> None:
+    """24 heads at once: enough gates for the law to mean something, some of them small."""
+    tensors = inputs(1, 40, 24, 8, 16, "none", dtype)
+    assert_lawful("masked_attention", tensors | {"head_mask": torch.linspace(0.002, 1, 24, device=DEVICE)})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("documents", ["none", "inside rows"])
+def test_mask_of_ones_is_no_mask_to_the_bit(documents: str, dtype: torch.dtype) -> None:
+    tensors, cu_seqlens = inputs(2, 67, 2, 1, 32, "ones", dtype), cumulative(DOCUMENTS[documents])
+    masked = kernel(tensors, cu_seqlens=cu_seqlens)
+    assert_same_bits(masked, kernel(tensors | {"head_mask": None}, cu_seqlens=cu_seqlens))
+
+
+def test_closed_heads_are_zero_whatever_they_hold_and_touch_no_other() -> None:
+    tensors = inputs(1, 40, 4, 2, 32, "ones", torch.float32)
+    q, mask = tensors["q"], tensors["head_mask"]
+    assert q is not None
+    assert mask is not None
+    mask[1] = mask[2] = 0
+    clean = kernel(tensors)
+    q[:, :, 1:3] = float("nan")
+    dirty = kernel(tensors)
+    assert_same_bits(clean, dirty)
+    for name in ("output 0", "d(q)"):
+        assert not dirty[name][:, :, 1:3].any()
+        assert dirty[name][:, :, 0].any()
+
+
+def test_strided_views_need_no_copy() -> None:
+    fused = normal(2, 33, 8 * 16, seed=1).view(2, 33, 8, 16)
+    q, k, v = fused[:, :, :4], fused[:, :, 4:6], fused[:, :, 6:]
+    assert_lawful("masked_attention", {"q": q, "k": k, "v": v, "head_mask": gates("soft", 4)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.ones(1, 4, 3, 16), "v": torch.ones(1, 4, 3, 16)}, "multiple of kv_heads"),
+        ({"v": torch.ones(1, 4, 2, 16).bfloat16()}, "use one dtype"),
+        ({"head_mask": torch.ones(3)}, "does not fit heads=4"),
+        ({n: torch.ones(1, 4, 4, 256) for n in "qkv"}, "head_dim=256 is wider"),
+    ],
+)
+def test_misfit_is_named(change: dict[str, Tensor], message: str) -> None:
+    fit = {"q": torch.ones(1, 4, 4, 16), "k": torch.ones(1, 4, 2, 16), "v": torch.ones(1, 4, 2, 16)}
+    with pytest.raises(ValueError, match=message):
+        shear_kernels.masked_attention(**(fit | change), backend="triton")  # type: ignore[arg-type]

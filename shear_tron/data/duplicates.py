@@ -49,6 +49,6 @@ def _firsts(signatures: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
 
 
 def _keep(task: Task, folder: Path, keep: npt.NDArray[np.bool_]) -> Task:
-    file = folder / f"{task.key}.keep.npy"
+    file = folder.absolute() / f"{task.key}.keep.npy"
     save_atomically(file, keep)
     return replace(task, keep=str(file), key=f"{task.key}-{sha256(file)[:8]}")

@@ -114,7 +114,7 @@ def _encoding(config: PrepareConfig, tokenizer: Tokenizer) -> Encoding:
             raise ValueError(f"tokenizer={config.tokenizer} names no eos token; give a separator, or '' for none")
         separator = tokenizer.id(token)
     # Ids up to 65,535 fit 2 bytes.
-    return Encoding(config.tokenizer, bos, separator, 2 if tokenizer.vocab <= 2**16 else 4)
+    return Encoding(os.path.abspath(config.tokenizer), bos, separator, 2 if tokenizer.vocab <= 2**16 else 4)
 
 
 def _receipt(output: str, token_bytes: int, task: Task) -> Receipt | None:
@@ -169,11 +169,10 @@ def _run(
     """Run the pipeline for each task, with a progress bar over the input's bytes."""
     if not tasks:
         return
-    steps = pipeline(tasks, config.output)
-    with _progress(tasks, done, title) as wait:
+    steps = pipeline(tasks, os.path.abspath(config.output))
+    with _progress(tasks, done, title) as finished:
         if config.executor == "slurm":
-            slurm.run(steps, len(tasks), config.output, config.slurm)
-            wait()
+            slurm.run(steps, len(tasks), config.output, config.slurm, finished)
             return
         datatrove_log.disable("datatrove")
         logs = tempfile.mkdtemp(dir=Path(config.output) / WORK, prefix="logs.", suffix=".tmp")
@@ -195,8 +194,9 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _progress(tasks: list[Task], done: Callable[[Task], bool], title: str) -> Iterator[Callable[[], bool]]:
-    """A bar that watches tasks get done, whichever process or node does them. Yields a function that waits for all."""
+def _progress(tasks: list[Task], done: Callable[[Task], bool], title: str) -> Iterator[threading.Event]:
+    """A bar that watches tasks get done, whichever process or node does them. Yields
+    the event that all are."""
     stop, finished = threading.Event(), threading.Event()
 
     def watch() -> None:
@@ -215,7 +215,7 @@ def _progress(tasks: list[Task], done: Callable[[Task], bool], title: str) -> It
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield finished.wait
+        yield finished
     finally:
         stop.set()
         thread.join()

@@ -8,8 +8,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+from tqdm import tqdm
+
+from shear_tron.data.manifest import Manifest
+from shear_tron.data.sampler import held_out
 
 log = getLogger(__name__)
 
@@ -81,3 +89,88 @@ def predict(losses: Mapping[float, Mapping[str, float]], parameters: float) -> d
                 f"the model of {size:.0f} parameters has no loss of {', '.join(absent)}; measure it there too"
             )
     return {name: Curve.fit(sizes, [losses[size][name] for size in sizes]).loss(parameters) for name in names}
+
+
+class ReferenceConfig(BaseModel):
+    """Where reference losses come from.
+
+    ``models`` are Hugging Face folders, measured on the held-out shards of ``folder``; ``losses`` is a YAML file
+    ``{parameters: {domain: loss}}`` of sizes that were measured elsewhere. With ``parameters`` the losses of all of
+    them predict a model of that size; without, there is one model, and its own losses are the references.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parameters: int | None = Field(default=None, gt=0)  # of the target, embeddings included
+    losses: str | None = None
+    models: list[str] = []
+    folder: str | None = None  # made by `shear-tron prepare` with the models' tokenizer
+    sequence: int = Field(default=2048, gt=0)
+    windows: int = Field(default=64, gt=0)  # held-out windows a domain
+    batch: int = Field(default=4, gt=0)  # windows at a time
+    device: str = "auto"
+    output: str | None = None  # YAML file for the result, to put under data.reference_losses
+
+
+def reference_losses(config: ReferenceConfig) -> dict[str, float]:
+    """Each domain's reference loss, nats a token. Raises ValueError for sources that do not belong together."""
+    table: dict[float, dict[str, float]] = {}
+    if config.losses is not None:
+        table |= _read(config.losses)
+    for model in config.models:
+        if config.folder is None:
+            raise ValueError(f"models={config.models} are measured on prepared data; give its folder")
+        parameters, losses = measure(model, config)
+        log.info("%s: %s parameters, %s", model, f"{parameters:,}", losses)
+        table[parameters] = losses
+    if not table:
+        raise ValueError("nothing to take reference losses from; give models, or a file of losses")
+    if config.parameters is not None:
+        result = predict(table, config.parameters)
+    elif len(table) == 1:
+        (result,) = table.values()
+    else:
+        raise ValueError(f"losses of {len(table)} sizes need parameters, the size of the model to predict")
+    if config.output is not None:
+        Path(config.output).write_text(yaml.safe_dump({name: round(loss, 4) for name, loss in result.items()}))
+    return result
+
+
+def _read(path: str) -> dict[float, dict[str, float]]:
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+        return {
+            float(size): {str(name): float(loss) for name, loss in losses.items()} for size, losses in content.items()
+        }
+    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"losses={path} cannot be read ({reason}); it must be {{parameters: {{domain: loss}}}}"
+        ) from None
+
+
+def measure(model: str, config: ReferenceConfig) -> tuple[int, dict[str, float]]:
+    """(parameters, loss by domain) of a Hugging Face folder on held-out windows. Domains with none are left out."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    manifest = Manifest.read(str(config.folder), tokenizer=model)
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    network = network.to(device).eval()
+    losses = {}
+    with torch.inference_mode(), tqdm(desc=model, unit="window") as bar:
+        for name in manifest.domains:
+            if not manifest.domains[name].held_out:
+                log.warning("domain %s has no held-out tokens and gets no reference loss", name)
+                continue
+            windows, total = held_out(manifest, name, config.sequence, config.windows), 0.0
+            for batch in torch.split(windows, config.batch):
+                logits = network(batch[:, :-1].to(device)).logits.flatten(0, 1).float()
+                total += float(
+                    torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten().to(device), reduction="sum")
+                )
+                bar.update(len(batch))
+            losses[name] = total / (len(windows) * config.sequence)
+    return network.num_parameters(), losses

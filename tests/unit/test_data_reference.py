@@ -8,12 +8,13 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data_prepare import TEXTS, tokenizer, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shear_tron.data.prepare import DomainSource, PrepareConfig, prepare
 from shear_tron.data.reference import Curve, ReferenceConfig, predict, reference_losses
 from shear_tron.data.sampler import held_out
+
+from .test_data_prepare import TEXTS, tokenizer, write_jsonl
 
 __all__ = ["tokenizer"]
 

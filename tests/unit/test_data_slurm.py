@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_data_prepare import TEXTS, everything, tokenizer, write_jsonl
 
 from shear_tron.data import slurm
 from shear_tron.data.prepare import DomainSource, PrepareConfig, prepare
+
+from .test_data_prepare import TEXTS, everything, tokenizer, write_jsonl
 
 __all__ = ["tokenizer"]
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from test_data_prepare import TEXTS, documents, write_jsonl
 from tokenizers import AddedToken, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.prepare import DomainSource, PrepareConfig, prepare
 from shear_tron.data.tokenizer import Tokenizer, fingerprint
+
+from .test_data_prepare import TEXTS, documents, write_jsonl
 
 # What tokenizers disagree about: white-space runs, tabs, line ends, digits, merges over repeats, bytes, controls.
 HARD = [

@@ -42,7 +42,7 @@ def _have_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _kernels(x: Tensor, backend: Backend | None, module: str) -> Any:
+def _kernels(x: Tensor, backend: str | None, module: str) -> Any:
     """The module whose function of the op's name serves ``x``."""
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend={backend!r} is not one of 'triton', 'reference' or None (choose)")
@@ -73,8 +73,7 @@ def masked_attention(
         backend = dense_attention.choose(cuda.get_device_name(q.device), head_mask is not None, cu_seqlens is not None)
     if backend in ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn"):
         return dense_attention.masked_attention(q, k, v, head_mask, causal, cu_seqlens, backend)
-    own: Backend | None = backend  # the two that this package holds itself, or None
-    out: Tensor = _kernels(q, own, "attention").masked_attention(q, k, v, head_mask, causal, cu_seqlens)
+    out: Tensor = _kernels(q, backend, "attention").masked_attention(q, k, v, head_mask, causal, cu_seqlens)
     return out
 
 

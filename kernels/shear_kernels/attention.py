@@ -20,6 +20,7 @@ from shear_kernels.attention_backward import attention_delta, attention_keys_bac
 from shear_kernels.attention_forward import attention_forward
 
 WIDEST = 128  # head dimension
+DELTA_ROWS = 64  # queries a program of attention_delta takes
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,34 @@ class Blocks:
     stages: int
 
 
-def blocks(kernel: str, head_dim: int, sixteen_bit: bool) -> Blocks:
-    """The blocks of ``kernel`` ("forward", "keys" or "queries"). See kernels/bench/aot.csv for what they compile to."""
-    if not sixteen_bit:  # full-precision products run on the ordinary cores: small tiles, or registers spill
-        return Blocks(32, 32, 4, 1)
-    wide = head_dim > 64
+def blocks(kernel: str, head_dim: int, sixteen_bit: bool, arch: int, documents: bool) -> Blocks:
+    """The blocks of ``kernel`` ("forward", "keys" or "queries") on compute capability ``arch`` (80, 90, ...).
+
+    The largest that compile without a spill; kernels/bench/aot.csv shows what they compile to. Capabilities of 120 and
+    more have the small shared memory of 86 and 89, so they get the blocks of 80.
+    """
+    wide, large = head_dim > 64, 90 <= arch < 120
+    if not sixteen_bit:  # full-precision products run on the ordinary cores: larger tiles spill
+        if kernel == "queries" and wide:
+            return Blocks(16, 16, 8, 1)
+        return Blocks(16, 32, 8 if wide or kernel == "keys" else 4, 1)
     if kernel == "forward":
-        return Blocks(128, 64, 8 if wide else 4, 3)
+        return Blocks(128, 32 if wide and documents and not large else 64, 8, 3)
     if kernel == "keys":
-        return Blocks(64, 64, 4, 2) if not wide else Blocks(64, 64, 8, 2)
-    return Blocks(64, 64, 4, 2) if not wide else Blocks(128, 64, 8, 2)
+        if not wide:
+            return Blocks(32, 128, 8, 2)
+        return Blocks(64, 64, 8, 1) if large and arch >= 100 else Blocks(32, 64, 8, 2)
+    if not wide:
+        return Blocks(64, 64, 4, 2)
+    return Blocks(128, 64 if large else 32, 8, 2)
+
+
+def _arch(x: Tensor) -> int:
+    """Compute capability times ten; 90 in the interpreter."""
+    if not x.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
 
 
 def _documents(cu_seqlens: Tensor, batch: int, time: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +85,7 @@ class _MaskedAttention(torch.autograd.Function):
         starts, ends = (None, None) if cu_seqlens is None else _documents(cu_seqlens, batch, time)
         out = q.new_empty(q.shape)
         log_sum = torch.empty(batch, heads, time, dtype=torch.float32, device=q.device)
-        size = blocks("forward", head_dim, q.element_size() == 2)
+        size = blocks("forward", head_dim, q.element_size() == 2, _arch(q), cu_seqlens is not None)
         flags = {
             "CAUSAL": causal,
             "HAS_GATE": gate is not None,
@@ -92,9 +111,10 @@ class _MaskedAttention(torch.autograd.Function):
         q, k, v, gate, starts, ends, out, log_sum = ctx.saved_tensors
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         batch, time, heads, head_dim = q.shape
-        kv_heads, sixteen_bit = k.shape[2], q.element_size() == 2
+        kv_heads = k.shape[2]
+        choice = (head_dim, q.element_size() == 2, _arch(q), ctx.flags["HAS_DOCUMENTS"])
         dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(log_sum)
-        steps = triton.cdiv(time, 64)
+        steps = triton.cdiv(time, DELTA_ROWS)
         partial = torch.zeros(batch, heads, steps, dtype=torch.float32, device=q.device)
         sizes = (time, heads, heads // kv_heads, 1 / math.sqrt(head_dim), math.log2(math.e) / math.sqrt(head_dim))
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
@@ -102,15 +122,15 @@ class _MaskedAttention(torch.autograd.Function):
             with torch.cuda.device_of(q):
                 attention_delta[(steps, batch * heads)](
                     out, dout, gate, delta, partial, time, heads, *dout.stride()[:3],
-                    HAS_GATE=gate is not None, HEAD_DIM=head_dim, BLOCK_D=ctx.flags["BLOCK_D"], BLOCK_M=64,
+                    HAS_GATE=gate is not None, HEAD_DIM=head_dim, BLOCK_D=ctx.flags["BLOCK_D"], BLOCK_M=DELTA_ROWS,
                     num_warps=4,
                 )  # fmt: skip
-                size = blocks("keys", head_dim, sixteen_bit)
+                size = blocks("keys", *choice)
                 attention_keys_backward[(triton.cdiv(time, size.n), batch * kv_heads)](
                     q, k, v, gate, starts, ends, dout, log_sum, delta, dk, dv, *sizes, *strides,
                     **ctx.flags, BLOCK_M=size.m, BLOCK_N=size.n, num_warps=size.warps, num_stages=size.stages,
                 )  # fmt: skip
-                size = blocks("queries", head_dim, sixteen_bit)
+                size = blocks("queries", *choice)
                 attention_queries_backward[(triton.cdiv(time, size.m), batch * heads)](
                     q, k, v, gate, starts, ends, dout, log_sum, delta, dq, *sizes, *strides,
                     **ctx.flags, BLOCK_M=size.m, BLOCK_N=size.n, num_warps=size.warps, num_stages=size.stages,
@@ -130,8 +150,8 @@ def masked_attention(
     """``softmax(q k^T / sqrt(head_dim)) v * head_mask``, softmax and sums in float32.
 
     q: [batch, time, heads, head_dim]; k, v: [batch, time, kv_heads, head_dim] in bf16, fp16 or fp32, strides over
-    batch, time and heads free; head_dim up to 128. head_mask: [heads], 0 to 1, any float dtype; a head whose gate is exactly 0
-    costs a write of zeros, and gets zero gradients. cu_seqlens: [documents + 1] int32, as in the reference.
+    batch, time and heads free; head_dim up to 128. head_mask: [heads], 0 to 1, any float dtype; a head whose gate is
+    exactly 0 costs a write of zeros, and gets zero gradients. cu_seqlens: [documents + 1] int32, as in the reference.
     Returns [batch, time, heads, head_dim] in q's dtype.
     """
     batch, time, heads, head_dim = q.shape

@@ -24,6 +24,7 @@ from shear_kernels.precision import narrow
 GROUPS = 128  # groups of 8 columns a block: one 16-byte load a thread and row at 4 warps
 FORWARD_ROWS = 4  # rows a block at once: eight loads in flight a thread
 BACKWARD_ROWS = 2
+WARPS = 4
 BACKWARD_STEPS = 16  # a backward block walks 32 rows, so the partial sums of dmask are 1 % of the traffic
 
 
@@ -121,7 +122,7 @@ class _MaskedSwiglu(torch.autograd.Function):
                 masked_swiglu_forward[grid](
                     flat_gate, flat_up, mask, out,
                     rows, columns, flat_gate.stride(0), flat_up.stride(0),
-                    HAS_MASK=mask is not None, ROWS=FORWARD_ROWS, GROUPS=GROUPS, num_warps=4,
+                    HAS_MASK=mask is not None, ROWS=FORWARD_ROWS, GROUPS=GROUPS, num_warps=WARPS,
                 )  # fmt: skip
         ctx.save_for_backward(gate, up, mask)
         return out
@@ -140,7 +141,7 @@ class _MaskedSwiglu(torch.autograd.Function):
                 masked_swiglu_backward[grid](
                     flat_gate, flat_up, mask, flat_dout, dgate, dup, partial,
                     rows, columns, flat_gate.stride(0), flat_up.stride(0), flat_dout.stride(0),
-                    HAS_MASK=mask is not None, ROWS=BACKWARD_ROWS, STEPS=BACKWARD_STEPS, GROUPS=GROUPS, num_warps=4,
+                    HAS_MASK=mask is not None, ROWS=BACKWARD_ROWS, STEPS=BACKWARD_STEPS, GROUPS=GROUPS, num_warps=WARPS,
                 )  # fmt: skip
         dmask = None if mask is None or partial is None else partial.sum(0).to(mask.dtype)
         return dgate, dup, dmask

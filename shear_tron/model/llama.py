@@ -4,6 +4,7 @@ The residual stream is [tokens, hidden], tokens being batch x time flattened (th
 parallelism); only attention sees [batch, time]. Parameters carry the names of ``shear_tron.params``.
 """
 
+from dataclasses import replace
 from typing import Any, cast
 
 import shear_kernels
@@ -22,6 +23,7 @@ from shear_tron.model.loss import next_token_loss
 from shear_tron.model.rope import rope_table
 from shear_tron.model.split import Whole
 from shear_tron.params import BY_LEAF, LAYER_TABLE, Param, table
+from shear_tron.pruning.select import Keep, select, spread, untouched
 from shear_tron.shape import Architecture
 
 
@@ -44,22 +46,38 @@ class Layer(nn.Module):
         for row in LAYER_TABLE:
             self.register_parameter(row.leaf, _parameter(row, architecture))
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], masks: LayerMasks) -> Tensor:
-        """x: [tokens, hidden]; angles: (cos, sin), each [time, head_dim / 2]. Returns the new residual stream."""
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self._forward(x, angles, masks)
-        keep = _keep_matmuls if self.checkpointing == "selective" else noop_context_fn
-        return cast(Tensor, checkpoint(self._forward, x, angles, masks, use_reentrant=False, context_fn=keep))
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], masks: LayerMasks, keep: Keep | None = None, index: int = 0
+    ) -> Tensor:
+        """x: [tokens, hidden]; angles: (cos, sin), each [time, head_dim / 2]. Returns the new residual stream.
 
-    def _forward(self, x: Tensor, angles: tuple[Tensor, Tensor], masks: LayerMasks) -> Tensor:
+        With ``keep``, which says what layer ``index`` keeps, x has only the kept hidden columns, and the layer runs on
+        the kept rows and columns of its weights.
+        """
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._forward(x, angles, masks, keep, index)
+        save = _keep_matmuls if self.checkpointing == "selective" else noop_context_fn
+        return cast(
+            Tensor, checkpoint(self._forward, x, angles, masks, keep, index, use_reentrant=False, context_fn=save)
+        )
+
+    def _forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], masks: LayerMasks, keep: Keep | None, index: int
+    ) -> Tensor:
         split, eps = self.split, self.architecture.norm_eps
         w = {row.leaf: split.weight(getattr(self, row.leaf), row) for row in LAYER_TABLE}
+        masks = replace(masks, heads=split.part(masks.heads), ffn=split.part(masks.ffn))
+        if keep is not None:
+            if index not in keep.layers:
+                return untouched(x, list(w.values()))
+            w = {row.leaf: select(w[row.leaf], *keep.indices(row, index)) for row in LAYER_TABLE}
+            masks = keep.layer_masks(masks, index)
         hidden, layer = split.shared(masks.hidden), split.shared(masks.layer)
 
         normed = shear_kernels.masked_rms_norm(x, w["attn_norm"], hidden, eps)
-        attended = split.leave(self._attention(split.enter(normed), angles, w, split.part(masks.heads)))
+        attended = split.leave(self._attention(split.enter(normed), angles, w, masks.heads))
         x, normed = shear_kernels.add_rms_norm(x, attended, w["mlp_norm"], hidden, layer, eps)
-        fed = split.leave(self._mlp(split.enter(normed), w, split.part(masks.ffn)))
+        fed = split.leave(self._mlp(split.enter(normed), w, masks.ffn))
         return shear_kernels.gated_residual(x, fed, hidden, layer)
 
     def _attention(
@@ -113,48 +131,57 @@ class Stage(nn.Module):
                 self.register_parameter("lm_head", _parameter(BY_LEAF["lm_head"], architecture))
 
     def forward(
-        self, x: Tensor, labels: Tensor | None = None, masks: Masks | None = None, time: int | None = None
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        masks: Masks | None = None,
+        keep: Keep | None = None,
+        time: int | None = None,
     ) -> Tensor:
         """From token ids to losses, or the part of that way that this stage holds.
 
         x: [batch, time] int64 token ids on the first stage, else the residual stream [tokens, hidden], of which
         ``time`` is the length of a sequence. labels: [batch, time] int64, for the last stage.
-        Returns the residual stream; on the last stage the mean loss of each sequence [batch] (``next_token_loss``),
-        or the logits [batch, time, vocab (this rank's part)] where labels is None.
+        keep: the units whose masks are not zero (and perhaps some more), of this tensor-parallel rank: with it the
+        stage runs on those alone, which gives the same numbers (docs/compaction.md).
+        Returns the residual stream, always of full width; on the last stage the mean loss of each sequence [batch]
+        (``next_token_loss``), or the logits [batch, time, vocab (this rank's part)] where labels is None.
         """
-        masks = masks or Masks()
+        masks, shape = masks or Masks(), self.architecture.shape
+        kept = None if keep is None else keep.hidden
         if self.is_first:
             time = x.shape[1]
-            x = self._embedding(x.flatten(), masks.hidden)
+            x = self._embedding(x.flatten())
         assert time is not None
+        x = select(x, None, kept)
+        hidden = None if masks.hidden is None else self.split.shared(select(masks.hidden, kept))
+        if self.is_first and hidden is not None:
+            x = (x * hidden).to(x.dtype)
         precision = torch.float64 if x.dtype == torch.float64 else torch.float32
-        angles = rope_table(
-            self.architecture.rope, self.architecture.shape.head_dim, torch.arange(time, device=x.device), precision
-        )
-        for index, layer in self.layers.items():
-            x = layer(x, angles, masks.layer(int(index), self.architecture.shape))
+        angles = rope_table(self.architecture.rope, shape.head_dim, torch.arange(time, device=x.device), precision)
+        for number, layer in self.layers.items():
+            x = layer(x, angles, masks.layer(int(number), shape), keep, int(number))
         if not self.is_last:
-            return x
-        hidden = self.split.shared(masks.hidden)
-        row = next(row for row in table(self.architecture.shape.tied) if row.name == "norm")
-        normed = shear_kernels.masked_rms_norm(x, self.split.weight(self.norm, row), hidden, self.architecture.norm_eps)
-        normed = self.split.enter(normed)
-        head = self._head()
+            return spread(x, kept, shape.hidden)
+        row = next(row for row in table(shape.tied) if row.name == "norm")
+        weight = select(self.split.weight(self.norm, row), kept)
+        normed = self.split.enter(shear_kernels.masked_rms_norm(x, weight, hidden, self.architecture.norm_eps))
+        head = select(self._head(), None, kept)
         if labels is None:
             return F.linear(normed, head).view(-1, time, head.shape[0])
         return next_token_loss(normed, head, labels, self.split)
 
-    def _embedding(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
-        """Rows of the embedding, gated. With a cut vocabulary each rank looks up its own rows and zeros the others."""
+    def _embedding(self, tokens: Tensor) -> Tensor:
+        """Rows of the embedding. With a cut vocabulary each rank looks up its own rows and leaves zeros for the others.
+
+        [tokens] -> [tokens, hidden], cut to this rank's tokens under sequence parallelism.
+        """
         weight = self.split.weight(self.embed, BY_LEAF["embed"])
         if self.split.size == 1:
-            x = F.embedding(tokens, weight)
-        else:
-            own = tokens - self.split.rank * weight.shape[0]
-            here = (own >= 0) & (own < weight.shape[0])
-            x = self.split.leave(F.embedding(own.where(here, 0), weight) * here[:, None].to(weight.dtype))
-        gate = self.split.shared(hidden)
-        return x if gate is None else (x * gate).to(x.dtype)
+            return F.embedding(tokens, weight)
+        own = tokens - self.split.rank * weight.shape[0]
+        here = (own >= 0) & (own < weight.shape[0])
+        return self.split.leave(F.embedding(own.where(here, 0), weight) * here[:, None].to(weight.dtype))
 
     def _head(self) -> Tensor:
         if self.architecture.shape.tied:

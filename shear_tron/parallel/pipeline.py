@@ -1,6 +1,7 @@
 """Pipeline parallelism with torch's schedules; one stage without a pipeline is the plain loop over microbatches."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,20 +14,26 @@ from shear_tron.masks import Masks
 from shear_tron.model.llama import Stage
 from shear_tron.parallel.tensor import TensorParallel
 from shear_tron.parallel.topology import Topology
+from shear_tron.pruning.select import Keep
 from shear_tron.shape import Architecture
+
+
+@dataclass(frozen=True)
+class Gated:
+    """What one microbatch runs under: its masks and, to leave closed units out, which units to keep."""
+
+    masks: Masks | None = None
+    keep: Keep | None = None
 
 
 class PipelinePart(Stage):
     """A stage whose masks wait in a queue: schedules pass tensors only, and call microbatches in order."""
 
-    waiting: Iterator[Masks | None] = iter(())
+    waiting: Iterator[Gated] = iter(())
 
-    def forward(
-        self, x: Tensor, labels: Tensor | None = None, masks: Masks | None = None, time: int | None = None
-    ) -> Tensor:
-        assert labels is not None
-        assert masks is None
-        return super().forward(x, labels, next(self.waiting), labels.shape[1])
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        gated = next(self.waiting)
+        return super().forward(x, labels, gated.masks, gated.keep, labels.shape[1])
 
 
 def build_stages(architecture: Architecture, topology: Topology, checkpointing: str) -> list[Stage]:
@@ -72,31 +79,32 @@ class Microbatches:
         )
         self.schedule = self._schedule(micro_batch, time) if topology.layout.pp > 1 else None
 
-    def train(self, tokens: Tensor, labels: Tensor, masks: Sequence[Masks] | None) -> Tensor | None:
+    def train(self, tokens: Tensor, labels: Tensor, gated: Sequence[Gated] | None) -> Tensor | None:
         """Add the gradients of the mean loss to parameters and masks; return the loss of each sequence.
 
-        tokens, labels: [batch, time]; masks: one per microbatch, leaves. The gradient is of the mean over this rank's
-        batch; FSDP takes the mean over data-parallel ranks. The losses [batch] are known on ranks that hold the last
-        stage, elsewhere the result is None.
+        tokens, labels: [batch, time]; gated: one per microbatch, masks being leaves. The gradient is of the mean over
+        this rank's batch; FSDP takes the mean over data-parallel ranks. The losses [batch] are known on ranks that
+        hold the last stage, elsewhere the result is None.
         """
+        gated = gated or [Gated()] * self.count
         if self.schedule is not None:
-            queue: Sequence[Masks | None] = masks or [None] * self.count
             for stage in self.stages:
-                cast(PipelinePart, stage).waiting = iter(queue)
+                cast(PipelinePart, stage).waiting = iter(gated)
             inputs = (tokens,) if any(stage.is_first for stage in self.stages) else ()
             result = self.schedule.step(*inputs, target=labels if self.has_loss else None, labels=labels)
             return cast(Tensor, result).detach() if self.has_loss else None
         stage, losses = self.stages[0], []
         assert isinstance(stage, FSDPModule)
-        for number, (rows, wanted) in enumerate(zip(tokens.chunk(self.count), labels.chunk(self.count), strict=True)):
+        parts = zip(tokens.chunk(self.count), labels.chunk(self.count), gated, strict=True)
+        for number, (rows, wanted, under) in enumerate(parts):
             stage.set_requires_gradient_sync(number == self.count - 1)
-            loss = cast(Stage, stage)(rows, wanted, masks[number] if masks else None)
+            loss = cast(Stage, stage)(rows, wanted, under.masks, under.keep)
             (loss.mean() / self.count).backward()
             losses.append(loss.detach())
         return torch.cat(losses)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor, masks: Masks | None) -> Tensor | None:
+    def evaluate(self, tokens: Tensor, labels: Tensor, gated: Gated) -> Tensor | None:
         """The loss of each sequence, without gradients; as ``train`` but with the same masks throughout.
 
         Schedules are made for training steps; forward alone needs only messages down the line.
@@ -105,13 +113,13 @@ class Microbatches:
         parts = list(zip(tokens.chunk(self.count), labels.chunk(self.count), strict=True))
         for stage in self.stages:
             if isinstance(stage, PipelinePart):
-                stage.waiting = iter([masks] * self.count)
+                stage.waiting = iter([gated] * self.count)
             for rows, wanted in parts:
                 x = rows
                 if not stage.is_first:
                     x = torch.empty_like(self.message)
                     dist.recv(x, group=group, group_src=(self.topology.pp_rank - 1) % self.topology.layout.pp)
-                x = stage(x, wanted) if isinstance(stage, PipelinePart) else stage(x, wanted, masks)
+                x = stage(x, wanted) if isinstance(stage, PipelinePart) else stage(x, wanted, gated.masks, gated.keep)
                 if stage.is_last:
                     losses.append(x)
                 else:

@@ -5,6 +5,7 @@ between ``enter`` and ``leave`` (Megatron-LM's g and g-bar, or f and its conjuga
 every kernel a plain tensor.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from shear_tron.masks import Masks
 from shear_tron.model.split import Whole
 from shear_tron.params import Param
+from shear_tron.pruning.select import Keep
+from shear_tron.shape import Shape
 
 
 class TensorParallel(Whole):
@@ -68,6 +72,17 @@ class TensorParallel(Whole):
     def parameter(self, part: Tensor, row: Param) -> nn.Parameter:
         """The parameter of which this rank holds ``part``."""
         return nn.Parameter(DTensor.from_local(part, self.mesh, [self.placement(row)], run_check=False))
+
+
+def keep_part(masks: Masks, shape: Shape, rank: int, size: int, multiple: int, device: torch.device) -> Keep:
+    """The open units of a model of ``shape`` among the heads and columns of tensor-parallel ``rank`` of ``size``."""
+
+    def part(mask: Tensor | None) -> Tensor | None:
+        return None if mask is None else mask.chunk(size, dim=1)[rank]
+
+    own = replace(masks, groups=part(masks.groups), ffn=part(masks.ffn))
+    cut = replace(shape, heads=shape.heads // size, kv_heads=shape.kv_heads // size, ffn=shape.ffn // size)
+    return Keep.of(own, cut, multiple, device)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shear_tron.config import ConfigError, OptimConfig, ParallelConfig
-from shear_tron.params import CUT, LAYER_TABLE
+from shear_tron.params import Dim
 from shear_tron.shape import Shape, divisors, require_split
 
 
@@ -60,9 +60,8 @@ class Layout:
     def require(self, shape: Shape, batch: int, micro_batch: int, sequence: int) -> None:
         """Raise ConfigError unless a model of ``shape`` and this batch divide over the layout."""
         try:
-            for dim in sorted({dim for row in LAYER_TABLE for dim in row.dims if dim in CUT}, key=lambda d: d.value):
+            for dim in (Dim.KV_HEADS, Dim.HEADS, Dim.FFN, Dim.VOCAB):  # those of params.CUT, the scarcest first
                 require_split(dim.value, getattr(shape, dim.value), "tp", self.tp)
-            require_split("vocab", shape.vocab, "tp", self.tp)
             require_split("layers", shape.layers, "pp * stages", self.pp * self.stages_per_rank)
             require_split("batch / micro_batch", batch // micro_batch, "dp", self.dp)
             if self.sequence:

@@ -33,6 +33,31 @@ def select(weight: Tensor, rows: Tensor | None, columns: Tensor | None = None) -
     return cast(Tensor, _Select.apply(weight, rows, columns))  # type: ignore[no-untyped-call]
 
 
+def spread(x: Tensor, columns: Tensor | None, width: int) -> Tensor:
+    """The inverse of selecting ``columns`` of [n, width]: x in its columns, zeros in the others. Differentiable."""
+    return x if columns is None else x.new_zeros(x.shape[0], width).index_copy(1, columns, x)
+
+
+def untouched(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """``x`` itself, with gradients of zero for ``weights``: a layer left out whole.
+
+    FSDP waits for a gradient of every weight it gathered, and other ranks may not have left the layer out.
+    """
+    return cast(Tensor, _Untouched.apply(x, *weights))  # type: ignore[no-untyped-call]
+
+
+class _Untouched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(*weights)
+        return x.clone()  # FSDP warns of modules that return views
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(weight) for weight in ctx.saved_tensors)
+
+
 class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
@@ -92,19 +117,19 @@ class Keep:
     layers: Mapping[int, KeepLayer]
 
     @classmethod
-    def of(cls, masks: Masks, shape: Shape, multiple: int = 1) -> "Keep":
-        """The units of a model of ``shape`` whose masks are not zero, indices on the masks' device.
+    def of(cls, masks: Masks, shape: Shape, multiple: int = 1, device: torch.device | None = None) -> "Keep":
+        """The units of a model of ``shape`` whose masks are not zero, indices on ``device`` (default: the masks').
 
         ``multiple``: hidden and ffn keep some pruned units more, up to a multiple of it, so that matrix units stay
         full. Heads come in blocks of ``head_dim`` rows anyway. At least one unit of each kind is kept in every kept
-        layer. Such padding has masks of zero, so it is exact. Waits for the device once.
+        layer. Such padding has masks of zero, so it is exact. Waits for the masks' device once; not for the CPU.
         """
         for kind, mask in masks.items():
             if tuple(mask.shape) != sizes(shape)[kind]:
                 raise ValueError(
                     f"mask {kind} has size {list(mask.shape)}; a model of this shape has {list(sizes(shape)[kind])}"
                 )
-        device = next((mask.device for _, mask in masks.items()), torch.device("cpu"))
+        device = device or next((mask.device for _, mask in masks.items()), torch.device("cpu"))
         open_ = _to_cpu(masks)
         hidden = _kept(open_.hidden, multiple)
         layers: dict[int, dict[str, Tensor | None]] = {}

@@ -12,10 +12,9 @@ from shear_tron.checkpoint import sharded
 from shear_tron.config import save as save_config
 from shear_tron.data.mixture import Mixture
 from shear_tron.data.sampler import Batches, Sampler, held_out
-from shear_tron.masks import Masks
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
-from shear_tron.parallel.pipeline import Microbatches, build_stages, on_all_stages
+from shear_tron.parallel.pipeline import Gated, Microbatches, build_stages, on_all_stages
 from shear_tron.parallel.topology import Topology
 from shear_tron.train.metrics import Log
 from shear_tron.train.plan import CONFIG, Inputs, Plan
@@ -80,14 +79,14 @@ class Trainer:
                 if self.step == train.steps:
                     break
                 if data.update_every and self.step % data.update_every == 0:
-                    line["held_out"] = self.evaluate(self._current_masks())
+                    line["held_out"] = self.evaluate(self._current())
                     batches.set_weights(self.mixture.update(line["held_out"]))
                 elif data.evaluate_every and self.step % data.evaluate_every == 0:
-                    line["held_out"] = self.evaluate(self._current_masks())
+                    line["held_out"] = self.evaluate(self._current())
                 self._tell(log, line)
                 if train.checkpoint_every and self.step % train.checkpoint_every == 0:
                     self._save(batches)
-            losses = self.evaluate(self.pruner.gates.decide() if self.pruner else None)
+            losses = self.evaluate(self.pruner.decided(final=True) if self.pruner else Gated())
             if not resumed or self.step > resumed:
                 line["held_out"] = losses
                 self._tell(log, line)
@@ -103,19 +102,19 @@ class Trainer:
         windows, domains = batches.next()
         windows = windows.to(self.topology.device, non_blocking=True)
         tokens, labels = windows[:, :-1], windows[:, 1:]
-        sampled, leaves = None, None
+        sampled, gated = None, None
         if self.pruner:
             mine = range(dp_rank * self.plan.microbatches, (dp_rank + 1) * self.plan.microbatches)
-            sampled, leaves = self.pruner.sample(self.step, mine)
-        losses = self._everywhere(self.engine.train(tokens, labels, leaves), len(tokens))
+            sampled, gated = self.pruner.sample(self.step, mine)
+        losses = self._everywhere(self.engine.train(tokens, labels, gated), len(tokens))
         sync.sum_tied(self.stages, self.topology)
         norm = sync.clip(self.stages, train.clip, self.topology)
         factor = learning_rate_factor(self.step, train.steps, train.warmup_steps, train.min_learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = train.learning_rate * factor
         report: dict[str, float] = {}
-        if self.pruner and sampled and leaves:
-            report = self.pruner.backward(self.step, sampled, leaves)
+        if self.pruner and sampled and gated:
+            report = self.pruner.backward(self.step, sampled, gated)
             self.pruner.step(factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -126,7 +125,7 @@ class Trainer:
         assert self.mixture is not None
         seconds = time.perf_counter() - start
         return {
-            "step": self.step,
+            "step": self.step + 1,
             "loss": loss,
             "domain_loss": self._named(by_domain),
             "weights": dict(zip(self.inputs.names, self.mixture.weights.tolist(), strict=True)),
@@ -137,17 +136,15 @@ class Trainer:
             "tokens_per_second": train.batch * self.config.data.sequence / seconds,
         }
 
-    def evaluate(self, masks: Masks | None) -> dict[str, float]:
+    def evaluate(self, gated: Gated) -> dict[str, float]:
         """Held-out loss of each domain, nats a token, the same on all ranks."""
-        if masks is not None and self.pruner:
-            masks = self.pruner.on_device(masks)
         layout, dp_rank = self.topology.layout, self.topology.dp_rank
         share = self.config.train.batch // layout.dp
         losses, total = [], len(self.held_out)
         for first in range(0, total, share * layout.dp):
             rows = torch.arange(first + dp_rank * share, first + (dp_rank + 1) * share)
             windows = self.held_out[rows % total].to(self.topology.device)  # wraps round to fill the last batch
-            found = self._everywhere(self.engine.evaluate(windows[:, :-1], windows[:, 1:], masks), share)
+            found = self._everywhere(self.engine.evaluate(windows[:, :-1], windows[:, 1:], gated), share)
             losses.append((rows, found))
         rows = torch.cat([rows for rows, _ in losses])
         found = torch.cat([found for _, found in losses])
@@ -171,16 +168,16 @@ class Trainer:
         like = torch.empty(sequences, dtype=torch.float32, device=self.topology.device)
         return on_all_stages(losses, like, self.topology)
 
-    def _current_masks(self) -> Masks | None:
-        return self.pruner.gates.decide_expected() if self.pruner else None
+    def _current(self) -> Gated:
+        return self.pruner.decided(final=False) if self.pruner else Gated()
 
     def _title(self) -> str:
         return "pruning" if self.pruner else "training"
 
     def _start_mixture(self, log: Log) -> Mixture:
-        references = self.config.data.reference_losses
-        if references == "source":
-            references = self.evaluate(None)
+        references = self.inputs.references
+        if self.config.data.reference_losses == "source":
+            references = self.evaluate(Gated())
             log.say("reference losses measured from the source: " + _listed(references))
         if self.topology.is_main and references:
             (self.run / REFERENCES).write_text(json.dumps(references, indent=1) + "\n")

@@ -12,12 +12,12 @@ LOG = "metrics.jsonl"
 
 
 class Log:
-    """The main rank's log; on other ranks it is silent. Lines from step ``first`` on are dropped: undone."""
+    """The main rank's log; on other ranks it is silent. Lines after step ``first`` are dropped: undone."""
 
     def __init__(self, run: Path, first: int, steps: int, title: str, is_main: bool) -> None:
         self.file = run / LOG if is_main else None
         if self.file and self.file.exists():
-            lines = [line for line in self.file.read_text().splitlines() if _step(line) < first]
+            lines = [line for line in self.file.read_text().splitlines() if _step(line) <= first]
             self.file.write_text("".join(line + "\n" for line in lines))
         self.bar = tqdm(
             total=steps,

@@ -1,12 +1,13 @@
 """Everything that can be known, and can be wrong, before a rank starts: what `show` prints and `train` relies on."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import yaml
 
-from shear_tron.checkpoint.huggingface import Weights, read_architecture
+from shear_tron.checkpoint.huggingface import Weights, architecture_config, read_architecture
 from shear_tron.config import ConfigError, TrainConfig
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.mixture import Mixture
@@ -46,6 +47,7 @@ class Inputs:
     manifest: Manifest
     names: tuple[str, ...]  # of domains, in the order in which the sampler knows them
     proportions: tuple[float, ...]  # starting weights
+    references: dict[str, float] | None  # losses of the domains; None: measured from the model, or none wanted
 
 
 def plan(config: TrainConfig, world: int) -> Plan:
@@ -55,6 +57,7 @@ def plan(config: TrainConfig, world: int) -> Plan:
     if config.prune is not None:
         target = config.prune.target.shape(architecture.shape)
         pruned_kinds(architecture.shape, target)  # something is smaller
+        architecture_config(replace(architecture, shape=target), torch.float32)  # transformers will open the result
         if config.train.steps <= config.prune.warmup_steps:
             raise ConfigError(
                 f"train.steps={config.train.steps} end before the target sparsity is reached at "
@@ -79,9 +82,25 @@ def inputs(plan: Plan) -> Inputs:
     names = tuple(manifest.domains) if given == "proportional" else tuple(given)
     manifest.require(names)
     proportions = tuple(float(manifest.domain(n).tokens() if given == "proportional" else given[n]) for n in names)
-    if isinstance(config.data.reference_losses, dict):
-        Mixture(names, proportions, config.data.reference_losses, config.data.mixture)
-    return Inputs(weights, manifest, names, proportions)
+    references = _references(config.data.reference_losses)
+    if references is not None:
+        Mixture(names, proportions, references, config.data.mixture)
+    return Inputs(weights, manifest, names, proportions, references)
+
+
+def _references(given: dict[str, float] | str | None) -> dict[str, float] | None:
+    if not isinstance(given, str):
+        return given
+    if given == "source":
+        return None
+    try:
+        losses: dict[str, float] = json.loads(Path(given).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"data.reference_losses={given} cannot be read ({error}); give a JSON file of losses by domain, such as a "
+            "pruning run's reference_losses.json, or `source`"
+        ) from None
+    return losses
 
 
 def precision(config: TrainConfig) -> tuple[torch.device, torch.dtype]:

@@ -8,46 +8,60 @@ from torch import Tensor
 from shear_tron.config import PruneConfig
 from shear_tron.masks import Masks
 from shear_tron.parallel import sync
+from shear_tron.parallel.pipeline import Gated
+from shear_tron.parallel.tensor import keep_part
 from shear_tron.parallel.topology import Topology
 from shear_tron.pruning.constraint import Constraint, parameter_groups
 from shear_tron.pruning.gates import Gates
+from shear_tron.pruning.select import Keep
 from shear_tron.shape import Shape
 
 
 class Pruner:
     """Gates and multipliers with their optimizer, alike on every rank.
 
-    Within a step the model sees ``leaves``: detached masks of each microbatch. ``backward`` then takes the gradients
+    Within a step the model sees detached masks of each microbatch, leaves. ``backward`` then takes the gradients
     they gathered through the sampler, once, sums them over ranks and adds the Lagrangian's.
     """
 
     def __init__(self, source: Shape, target: Shape, config: PruneConfig, seed: int, topology: Topology) -> None:
-        self.topology = topology
+        self.topology, self.source = topology, source
+        self.compact = config.compact
+        self.multiple = config.multiple or (64 if topology.device.type == "cuda" else 1)
         self.gates = Gates(source, target, seed)
         self.constraint = Constraint(source, target, config.warmup_steps)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.gates, self.constraint, config.learning_rate))
         self.rate = config.learning_rate
 
-    def sample(self, step: int, microbatches: range) -> tuple[list[Masks], list[Masks]]:
-        """(sampled, leaves) of microbatches of the global batch: on the host with a graph, on the device without."""
+    def sample(self, step: int, microbatches: range) -> tuple[list[Masks], list[Gated]]:
+        """Masks of microbatches of the global batch, on the host with a graph and, as leaves, on the device."""
         sampled = [self.gates.sample(step, number) for number in microbatches]
-        return sampled, [masks.map(self._leaf) for masks in sampled]
+        return sampled, [Gated(masks.map(self._leaf), self._keep(masks)) for masks in sampled]
+
+    def decided(self, final: bool) -> Gated:
+        """The masks of evaluations: those of the target's counts, or of the counts expected by now."""
+        masks = self.gates.decide() if final else self.gates.decide_expected()
+        return Gated(masks.map(lambda mask: mask.to(self.topology.device)), self._keep(masks))
 
     def _leaf(self, mask: Tensor) -> Tensor:
         return mask.detach().to(self.topology.device, copy=True).requires_grad_()
 
-    def on_device(self, masks: Masks) -> Masks:
-        return masks.map(lambda mask: mask.to(self.topology.device))
+    def _keep(self, masks: Masks) -> Keep | None:
+        layout, rank = self.topology.layout, self.topology.tp_rank
+        if not self.compact:
+            return None
+        return keep_part(masks, self.source, rank, layout.tp, self.multiple, self.topology.device)
 
-    def backward(self, step: int, sampled: Sequence[Masks], leaves: Sequence[Masks]) -> dict[str, float]:
+    def backward(self, step: int, sampled: Sequence[Masks], gated: Sequence[Gated]) -> dict[str, float]:
         """Set the gradients of logits and multipliers. Returns the constraint's report."""
         self.optimizer.zero_grad()
         for logits in self.gates.logits.values():
             logits.grad = torch.zeros_like(logits)
         ends: list[Tensor] = []
         grads: list[Tensor] = []
-        for masks, detached in zip(sampled, leaves, strict=True):
-            for (_, mask), (_, leaf) in zip(masks.items(), detached.items(), strict=True):
+        for masks, under in zip(sampled, gated, strict=True):
+            assert under.masks is not None
+            for (_, mask), (_, leaf) in zip(masks.items(), under.masks.items(), strict=True):
                 if leaf.grad is not None:
                     ends.append(mask)
                     grads.append(leaf.grad.to(mask.device))

@@ -1,6 +1,9 @@
-"""Law 4: any layout gives what one process gives: losses, weight gradients, mask gradients, gradient norm."""
+"""Laws 4 and 11: any layout, compact or not, gives what one process with masks gives.
+
+Losses, weight gradients, mask gradients and the norm they are clipped by, in float64."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ from shear_tron.masks import Masks, sizes
 from shear_tron.model.llama import Stage
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
-from shear_tron.parallel.pipeline import Microbatches, build_stages, on_all_stages
-from shear_tron.parallel.topology import Layout, start
+from shear_tron.parallel.pipeline import Gated, Microbatches, build_stages, on_all_stages
+from shear_tron.parallel.tensor import keep_part
+from shear_tron.parallel.topology import Layout, Topology, start
+from shear_tron.pruning.select import Keep
 from shear_tron.shape import Architecture, Shape
 
 SHAPE = Shape(hidden=24, layers=4, heads=8, kv_heads=4, head_dim=6, ffn=20, vocab=40)
@@ -23,6 +28,7 @@ LIMIT = 0.1  # clips
 LAYOUTS = {
     "dp2": Layout(replicate=2),
     "fsdp2": Layout(shard=2),
+    "one": Layout(),
     "hybrid2x2": Layout(replicate=2, shard=2),
     "tp2": Layout(tp=2, sequence=False),
     "tp4": Layout(tp=4, sequence=False),
@@ -35,10 +41,19 @@ LAYOUTS = {
 }
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "masked": {"masked": True},
+    "compact": {"masked": True, "compact": 1},
+    "compact, padded": {"masked": True, "compact": 4},
+}
+
+
 @dataclass(frozen=True)
 class Case:
     tied: bool
-    masked: bool
+    masked: bool = False
+    compact: int = 0  # with masks: leave closed units out, up to a multiple of this
 
     @property
     def shape(self) -> Shape:
@@ -72,6 +87,11 @@ class Case:
         return Masks(**values)
 
 
+def through_the_sampler(mask: Tensor) -> Tensor:
+    """The gradient that reaches a mask's logits: none where the sampler's clamp closed the unit."""
+    return torch.zeros_like(mask) if mask.grad is None else mask.grad * (mask != 0)
+
+
 class InMemory:
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self.weights = weights
@@ -100,8 +120,14 @@ def alone(case: Case) -> Result:
     result |= {"losses": losses.detach(), "norm": norm}
     if case.masked:
         for kind in sizes(case.shape):
-            result[f"mask.{kind}"] = sum(getattr(mask, kind).grad for mask in masks if mask)
+            result[f"mask.{kind}"] = sum(through_the_sampler(getattr(mask, kind)) for mask in masks if mask)
     return result
+
+
+def keep(masks: Masks | None, case: Case, topology: Topology) -> Keep | None:
+    if masks is None or not case.compact:
+        return None
+    return keep_part(masks, case.shape, topology.tp_rank, topology.layout.tp, case.compact, topology.device)
 
 
 def together(case: Case, layout: Layout) -> Result:
@@ -114,16 +140,17 @@ def together(case: Case, layout: Layout) -> Result:
     engine = Microbatches(stages, topology, count, MICRO_BATCH, TIME, torch.float64)
     tokens, labels = (x.chunk(layout.dp)[topology.dp_rank] for x in case.batch)
     masks = [case.masks(topology.dp_rank * count + number) for number in range(count)]
+    gated = [Gated(under, keep(under, case, topology)) for under in masks]
     result: Result = {}
     evaluated = on_all_stages(
-        engine.evaluate(tokens, labels, None), tokens.new_empty(len(tokens), dtype=torch.float64), topology
+        engine.evaluate(tokens, labels, Gated()), tokens.new_empty(len(tokens), dtype=torch.float64), topology
     )
     losses = on_all_stages(
-        engine.train(tokens, labels, masks if case.masked else None),
+        engine.train(tokens, labels, gated),
         torch.empty(len(tokens), dtype=torch.float64),
         topology,
     )
-    again = on_all_stages(engine.evaluate(tokens, labels, masks[0]), torch.empty_like(losses), topology)
+    again = on_all_stages(engine.evaluate(tokens, labels, gated[0]), torch.empty_like(losses), topology)
     assert again.shape == evaluated.shape == losses.shape
     result["losses"] = losses
     result["dp_rank"] = torch.tensor(topology.dp_rank)
@@ -136,21 +163,17 @@ def together(case: Case, layout: Layout) -> Result:
     if case.masked:
         grads = []
         for kind in sizes(case.shape):
-            seen = [getattr(mask, kind).grad for mask in masks if mask]
-            grads.append(
-                sum(grad for grad in seen if grad is not None)
-                + torch.zeros(sizes(case.shape)[kind], dtype=torch.float64)
-            )
+            grads.append(torch.stack([through_the_sampler(getattr(mask, kind)) for mask in masks if mask]).sum(0))
         sync.sum_parts_mean_data(grads, topology)
         result |= {f"mask.{kind}": grad for kind, grad in zip(sizes(case.shape), grads, strict=True)}
     return result
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layout_gives_what_one_process_gives(layout: Layout, masked: bool, tied: bool) -> None:
-    case = Case(tied=tied, masked=masked)
+def test_layout_gives_what_one_process_gives(layout: Layout, kind: dict[str, Any], tied: bool) -> None:
+    case = Case(tied=tied, **kind)
     expected = alone(case)
     seen = set()
     for result in run(layout.world, together, case, layout):

@@ -1,0 +1,30 @@
+# `make demo` and `make test` do all the set-up they need. PYTHON is any Python of 3.11 or newer.
+PYTHON ?= python3
+PROCESSES ?= 2
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/ready ## the main job on a real model: prune, extract, continue, export, open in transformers
+	$(BIN)/python examples/smollm2/demo.py --processes $(PROCESSES) $(OVERRIDES)
+
+test: .venv/ready check ## style, types and every test
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready ## the kernel benchmark; without a GPU its roofline and the ahead-of-time table
+	$(BIN)/python kernels/bench/run.py
+
+.venv/ready: pyproject.toml constraints.txt
+	@echo "setting up .venv (once; a few minutes at most)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[dev,examples]' torch triton
+	@touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

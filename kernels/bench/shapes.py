@@ -1,0 +1,184 @@
+"""What the benchmark measures: shapes, and for each op its inputs, its rivals and its least work."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import shear_kernels
+import torch
+import torch.nn.functional as F
+from shear_kernels import reference, roofline
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+Rival = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that its ops see."""
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+
+
+MODELS = (
+    ModelShape("LLaMA-2-7B", 4096, 32, 32, 128, 11008),
+    ModelShape("Llama-3-8B", 4096, 32, 8, 128, 14336),
+    ModelShape("1.3B-target", 2048, 16, 16, 128, 5504),
+)
+TOKENS = 16384  # a microbatch: 4 x 4096 or 2 x 8192
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One op at one shape: ``inputs`` makes its tensors, ``definition`` is its meaning, ``rivals`` by name compute it."""
+
+    op: str
+    model: str
+    sequence: int
+    closed: float  # share of heads or columns whose gate is 0
+    inputs: Callable[[str, torch.dtype], Tensors]
+    definition: Rival
+    rivals: Mapping[str, Rival]
+    work: tuple[roofline.Work, roofline.Work]
+
+
+def gates(units: int, closed: float, device: str) -> Tensor:
+    """Scattered, as hard-concrete gates close: ``closed`` of them exactly 0, the others between 0.5 and 1."""
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(0))
+    mask = torch.linspace(0.5, 1, units)
+    mask[order[: round(closed * units)]] = 0
+    return mask.to(device)
+
+
+def _normal(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device=device, dtype=dtype)
+
+
+def attention(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
+    batch = max(1, tokens // sequence)
+
+    def inputs(device: str, dtype: torch.dtype) -> Tensors:
+        return {
+            "q": _normal(batch, sequence, m.heads, m.head_dim, device=device, dtype=dtype),
+            "k": _normal(batch, sequence, m.kv_heads, m.head_dim, device=device, dtype=dtype),
+            "v": _normal(batch, sequence, m.kv_heads, m.head_dim, device=device, dtype=dtype),
+            "head_mask": gates(m.heads, closed, device),
+        }
+
+    def backend(name: Any) -> Rival:
+        return lambda **t: shear_kernels.masked_attention(**t, backend=name)
+
+    rivals: dict[str, Rival] = {"kernel": backend("triton")}
+    for name in ("sdpa", "sdpa_flash", "sdpa_cudnn", *(["flash_attn"] if find_spec("flash_attn") else [])):
+        rivals[f"{name} + multiply"] = backend(name)
+    rivals["kernel, no gate"] = lambda q, k, v, head_mask: shear_kernels.masked_attention(q, k, v, backend="triton")
+    rivals["sdpa, gate folded into o"] = lambda q, k, v, head_mask: shear_kernels.masked_attention(q, k, v, backend="sdpa")
+    rivals["torch.compile"] = torch.compile(reference.masked_attention)
+    work = roofline.masked_attention(batch, sequence, m.heads, m.kv_heads, m.head_dim, True, 1 - closed)
+    return Problem("masked_attention", m.name, sequence, closed, inputs, reference.masked_attention, rivals, work)
+
+
+def swiglu(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
+    def inputs(device: str, dtype: torch.dtype) -> Tensors:
+        gate, up = (_normal(tokens, m.ffn, device=device, dtype=dtype) for _ in range(2))
+        return {"gate": gate, "up": up, "mask": gates(m.ffn, closed, device)}
+
+    rivals: dict[str, Rival] = {
+        "kernel": lambda **t: shear_kernels.masked_swiglu(**t, backend="triton"),
+        "unfused": lambda gate, up, mask: F.silu(gate) * up * mask.to(gate.dtype),
+        "torch.compile": torch.compile(lambda gate, up, mask: F.silu(gate) * up * mask.to(gate.dtype)),
+    }
+    if find_spec("liger_kernel"):
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        rivals["liger + multiply"] = lambda gate, up, mask: LigerSiLUMulFunction.apply(gate, up) * mask.to(gate.dtype)
+    work = roofline.masked_swiglu(tokens, m.ffn, 1 - closed)
+    return Problem("masked_swiglu", m.name, sequence, closed, inputs, reference.masked_swiglu, rivals, work)
+
+
+def norm(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
+    def inputs(device: str, dtype: torch.dtype) -> Tensors:
+        mask = gates(m.hidden, closed, device)
+        x = _normal(tokens, m.hidden, device=device, dtype=dtype) * (mask != 0)
+        return {"x": x, "weight": torch.ones(m.hidden, device=device), "hidden_mask": mask}
+
+    rivals: dict[str, Rival] = {
+        "kernel": lambda **t: shear_kernels.masked_rms_norm(**t, backend="triton"),
+        "unfused": reference.masked_rms_norm,
+        "torch.compile": torch.compile(reference.masked_rms_norm),
+    }
+    if find_spec("liger_kernel"):
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+        rivals["liger, dense width"] = lambda x, weight, hidden_mask: LigerRMSNormFunction.apply(
+            x, weight * hidden_mask, 1e-5
+        )
+    work = roofline.masked_rms_norm(tokens, m.hidden)
+    return Problem("masked_rms_norm", m.name, sequence, closed, inputs, reference.masked_rms_norm, rivals, work)
+
+
+def add_norm(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
+    def inputs(device: str, dtype: torch.dtype) -> Tensors:
+        mask = gates(m.hidden, closed, device)
+        return {
+            "residual": _normal(tokens, m.hidden, device=device, dtype=dtype) * (mask != 0),
+            "branch": _normal(tokens, m.hidden, device=device, dtype=dtype),
+            "weight": torch.ones(m.hidden, device=device),
+            "hidden_mask": mask,
+            "layer_gate": torch.tensor(0.7, device=device),
+        }
+
+    rivals: dict[str, Rival] = {
+        "kernel": lambda **t: shear_kernels.add_rms_norm(**t, backend="triton"),
+        "unfused": reference.add_rms_norm,
+        "torch.compile": torch.compile(reference.add_rms_norm),
+    }
+    work = roofline.add_rms_norm(tokens, m.hidden)
+    return Problem("add_rms_norm", m.name, sequence, closed, inputs, reference.add_rms_norm, rivals, work)
+
+
+def rotary(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
+    batch = max(1, tokens // sequence)
+    angle = torch.arange(sequence)[:, None] / 1e4 ** (torch.arange(m.head_dim // 2) / (m.head_dim // 2))
+
+    def inputs(device: str, dtype: torch.dtype) -> Tensors:
+        return {
+            "q": _normal(batch, sequence, m.heads, m.head_dim, device=device, dtype=dtype),
+            "k": _normal(batch, sequence, m.kv_heads, m.head_dim, device=device, dtype=dtype),
+        }
+
+    def with_angles(op: Rival) -> Rival:
+        return lambda q, k: op(q, k, angle.cos().to(q.device), angle.sin().to(q.device))
+
+    def turn(cos: Tensor, sin: Tensor) -> Rival:
+        return lambda op: lambda q, k: op(q, k, cos, sin)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bound = turn(angle.cos().to(device), angle.sin().to(device))
+    rivals: dict[str, Rival] = {
+        "kernel": bound(lambda *t: shear_kernels.rope(*t, backend="triton")),
+        "unfused": bound(reference.rope),
+        "torch.compile": bound(torch.compile(reference.rope)),
+    }
+    work = roofline.rope(batch * sequence, m.heads, m.kv_heads, m.head_dim)
+    return Problem("rope", m.name, sequence, closed, inputs, with_angles(reference.rope), rivals, work)
+
+
+def problems(tokens: int = TOKENS) -> Iterator[Problem]:
+    """All rows of the benchmark. Only attention depends on the sequence length; only gated ops on what is closed."""
+    for model in MODELS:
+        for closed in (0.0, 0.25, 0.5, 0.75):
+            for sequence in (4096, 8192):
+                yield attention(model, sequence, closed, tokens)
+            yield swiglu(model, 4096, closed, tokens)
+        for make in (norm, add_norm):
+            for closed in (0.0, 0.5):
+                yield make(model, 4096, closed, tokens)
+        yield rotary(model, 4096, 0.0, tokens)

@@ -1,0 +1,166 @@
+"""The main job on a tiny model: prune, extract, continue, export, open with transformers; on one rank and on many."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run
+from torch import Tensor
+
+from shear_tron import cli
+from shear_tron.checkpoint import sharded
+from shear_tron.train import metrics
+
+
+def train(config: Path, *overrides: str) -> None:
+    assert cli.main(["train", str(config), *overrides]) == 0
+
+
+def on_ranks(config: str, overrides: list[str]) -> None:
+    """What torchrun does: the same command on every rank (which has joined the process group already)."""
+    import torch.distributed as dist
+
+    from shear_tron.parallel import topology
+
+    topology.world_size = dist.get_world_size
+    topology.stop = lambda: None
+    train(Path(config), *overrides)
+
+
+def final_state(run_folder: Path) -> dict[str, Tensor]:
+    checkpoint = sharded.latest(run_folder)
+    assert checkpoint is not None
+    reader = sharded.Reader(checkpoint)
+    return {name: reader.read(name) for name in reader.sizes}
+
+
+@pytest.fixture(scope="module")
+def pruned(world: Path) -> Path:
+    train(world / "prune.yaml")
+    return world / "prune"
+
+
+def test_a_model_is_pruned_extracted_continued_and_exported(pruned: Path, world: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    lines = metrics.read(pruned)
+    assert [line["step"] for line in lines] == list(range(1, 15))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["expected_sparsity"] > 0.05
+    assert any(line["weights"] != lines[0]["weights"] for line in lines)
+
+    assert cli.main(["extract", str(pruned), str(tmp_path / "small")]) == 0
+    continued = [f"run={tmp_path}/continued", f"model={tmp_path}/small", "prune=null", "train.steps=3"]
+    train(world / "prune.yaml", *continued)
+    assert cli.main(["export", f"{tmp_path}/continued", f"{tmp_path}/final"]) == 0
+
+    small = LlamaForCausalLM.from_pretrained(tmp_path / "final")
+    assert (small.config.hidden_size, small.config.num_hidden_layers) == (32, 2)
+    assert (small.config.num_attention_heads, small.config.num_key_value_heads) == (8, 4)
+    text = "red orange yellow"
+    ids = AutoTokenizer.from_pretrained(tmp_path / "final")(text, return_tensors="pt").input_ids
+    assert AutoTokenizer.from_pretrained(world / "model").decode(ids[0]) == text
+    # the training's own final held-out losses are the exported model's, computed by transformers
+    from shear_tron.data.manifest import Manifest
+    from shear_tron.data.sampler import held_out
+
+    reported = metrics.read(tmp_path / "continued")[-1]["held_out"]
+    for name, loss in reported.items():
+        windows = held_out(Manifest.read(str(world / "data")), name, 16, 6)
+        with torch.no_grad():
+            logits = small(windows[:, :-1]).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        assert loss == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_extracting_changes_nothing(pruned: Path, world: Path, tmp_path: Path) -> None:
+    """The dense model's held-out loss is the masked model's, as the pruning run measured it."""
+    assert cli.main(["extract", str(pruned), str(tmp_path / "small")]) == 0
+    measured = ["prune=null", "train.steps=1", "train.learning_rate=1e-12", "data.update_every=0"]
+    train(world / "prune.yaml", f"run={tmp_path}/measure", f"model={tmp_path}/small", *measured)
+    masked, dense = (metrics.read(folder)[-1]["held_out"] for folder in (pruned, tmp_path / "measure"))
+    assert dense == pytest.approx(masked, abs=1e-5)
+
+
+@pytest.mark.parametrize("stopped_at", [5, 10])
+def test_interrupted_and_resumed_is_never_interrupted_to_the_bit(
+    pruned: Path, world: Path, tmp_path: Path, stopped_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shear_tron.train.loop import Trainer
+
+    update = Trainer._update
+
+    def until(self: Trainer, batches: Any) -> dict[str, Any]:
+        if self.step == stopped_at + 1:  # a step after the checkpoint: it must be undone
+            raise ValueError("the power went out")
+        return update(self, batches)
+
+    monkeypatch.setattr(Trainer, "_update", until)
+    assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/run"]) == 2
+    monkeypatch.undo()
+    train(world / "prune.yaml", f"run={tmp_path}/run")
+    never, resumed = final_state(pruned), final_state(tmp_path / "run")
+    assert never.keys() == resumed.keys()
+    for name in never:
+        assert torch.equal(never[name], resumed[name]), name
+    timing = ("seconds", "tokens_per_second")
+    for before, after in zip(metrics.read(pruned), metrics.read(tmp_path / "run"), strict=True):
+        assert {k: v for k, v in before.items() if k not in timing} == {
+            k: v for k, v in after.items() if k not in timing
+        }
+
+
+LAYOUTS = {
+    "dp2": (2, ["parallel.shard=1"]),
+    "fsdp2": (2, []),
+    "tp2": (2, ["parallel.tp=2"]),
+    "pp2": (2, ["parallel.pp=2"]),
+    "dp2 x tp2": (4, ["parallel.tp=2"]),
+    "all on 8": (8, ["parallel.tp=2", "parallel.pp=2", "parallel.shard=2"]),
+}
+
+
+@pytest.mark.parametrize(("ranks", "overrides"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_any_layout_trains_the_same_run(
+    pruned: Path, world: Path, tmp_path: Path, ranks: int, overrides: list[str]
+) -> None:
+    run(ranks, on_ranks, str(world / "prune.yaml"), [f"run={tmp_path}/run", *overrides])
+    alone, together = metrics.read(pruned), metrics.read(tmp_path / "run")
+    for before, after in zip(alone, together, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], abs=2e-4)
+        assert after["weights"] == pytest.approx(before["weights"], abs=1e-4)
+        assert after.get("held_out") == pytest.approx(before.get("held_out"), abs=2e-4)
+
+
+@pytest.mark.parametrize(("first", "second"), [("pp2", "tp2"), ("dp2 x tp2", "pp2"), ("fsdp2", "all on 8")])
+def test_a_checkpoint_of_one_layout_goes_on_in_another(
+    pruned: Path, world: Path, tmp_path: Path, first: str, second: str
+) -> None:
+    """Halfway in one layout, the other half in another: the run is the one that never stopped, up to rounding."""
+    for layout, steps in ((first, 10), (second, 14)):
+        ranks, overrides = LAYOUTS[layout]
+        checkpoints = ["train.checkpoint_every=10"]
+        run(ranks, stop_after, str(world / "prune.yaml"), steps, [f"run={tmp_path}/run", *checkpoints, *overrides])
+    for before, after in zip(metrics.read(pruned), metrics.read(tmp_path / "run"), strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], abs=2e-4)
+
+
+def stop_after(config: str, steps: int, overrides: list[str]) -> None:
+    """Train until the checkpoint of step ``steps`` is written, then fail."""
+    from shear_tron.train.loop import Trainer
+
+    update = Trainer._update
+
+    def until(self: Trainer, batches: Any) -> dict[str, Any]:
+        if self.step == steps:
+            raise ValueError("the power went out")
+        return update(self, batches)
+
+    Trainer._update = until  # type: ignore[method-assign]
+    try:
+        on_ranks(config, overrides)
+    except AssertionError:
+        assert steps < 14
+    finally:
+        Trainer._update = update  # type: ignore[method-assign]

@@ -35,11 +35,11 @@ def _drop(tasks: list[Task], output: str) -> list[Task]:
         position = np.concatenate(
             [place + end - len(part) for part, place, end in zip(signatures, places, ends, strict=True)]
         )
-        keep[position[_firsts(chosen)]] = True
+        keep[position[firsts(chosen)]] = True
     return [_keep(task, Path(output) / WORK, kept) for task, kept in zip(tasks, np.split(keep, ends[:-1]), strict=True)]
 
 
-def _firsts(signatures: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+def firsts(signatures: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     """Places of the first of each group of equal rows."""
     order = np.lexsort((signatures[:, 1], signatures[:, 0]))  # stable: equal rows stay in order
     rows = signatures[order]

@@ -24,6 +24,7 @@ from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
 from shear_tron.data.documents import cut, fingerprint, is_held_out
+from shear_tron.data.duplicates import firsts
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.prepare import DomainSource, PrepareConfig, prepare, stats
 
@@ -185,6 +186,12 @@ def test_held_out_is_a_function_of_the_text_alone(tmp_path: Path, tokenizer: str
     assert after["train"] | after["held_out"] == set(TEXTS)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3])
+def test_the_share_held_out_is_the_share_asked_for(share: float) -> None:
+    held = sum(is_held_out(fingerprint(f"document {number}"), share) for number in range(20_000))
+    assert abs(held - share * 20_000) <= 4 * (20_000 * share * (1 - share)) ** 0.5
+
+
 def test_a_domain_may_hold_out_more(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     small = {"path": str(tmp_path / "a.jsonl"), "held_out": 0.5}
@@ -208,6 +215,11 @@ def test_duplicates(tmp_path: Path, tokenizer: str, mode: str, web: int, code: i
     if mode == "all":
         assert decoded(manifest, "web", "train") == TEXTS[:20]  # the first of equal texts stays, in order
         assert decoded(manifest, "code", "train") == TEXTS[20:30]
+
+
+def test_the_first_of_equal_fingerprints_stays() -> None:
+    rows = np.array([[1, 2], [1, 3], [4, 2], [1, 2], [4, 2], [2, 1]], dtype=np.uint64)
+    assert sorted(firsts(rows).tolist()) == [0, 1, 2, 5]
 
 
 def test_duplicates_with_a_file_added_in_front(tmp_path: Path, tokenizer: str) -> None:
@@ -307,15 +319,16 @@ def test_layouts(tmp_path: Path, tokenizer: str, layout: Any) -> None:
     assert sorted(decoded(manifest, "web", "train")) == sorted(TEXTS[:40])
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 97, 1000, 10**9])
+@pytest.mark.parametrize("piece_bytes", [20, 97, 1000, 10**9, "line", "line and its end"])
 @pytest.mark.parametrize("ending", ["\n", "", "\n\n"])
-def test_pieces_of_a_file_hold_every_line_once(tmp_path: Path, tokenizer: str, piece_bytes: int, ending: str) -> None:
+def test_pieces_of_a_file_hold_every_line_once(
+    tmp_path: Path, tokenizer: str, piece_bytes: int | str, ending: str
+) -> None:
     texts = [*TEXTS[:6], "ünïcödé \u2028 line", *TEXTS[6:9]]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + ending)
-    if piece_bytes == 1:
-        (tmp_path / "a.jsonl").write_text(lines[0] + ending)  # a task a byte: keep it short
-        texts, piece_bytes = texts[:1], 20
+    if isinstance(piece_bytes, str):  # cuts just before and just after a line's end
+        piece_bytes = len(lines[0].encode()) + (piece_bytes != "line")
     manifest = prepare(
         config(tmp_path, tokenizer, {"web": tmp_path / "a.jsonl"}, held_out=0.0, piece_bytes=piece_bytes)
     )
@@ -375,13 +388,14 @@ def test_another_tokenizer_or_policy_does_not_reuse_shards(tmp_path: Path, token
     assert first.domains["web"].train[0].file != second.domains["web"].train[0].file
 
 
-@pytest.mark.parametrize("damage", ["missing", "short"])
+@pytest.mark.parametrize("damage", ["missing", "short", "long"])
 def test_a_damaged_shard_is_made_again(tmp_path: Path, tokenizer: str, damage: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     settings = config(tmp_path, tokenizer, {"web": tmp_path / "a.jsonl"})
     before = everything(prepare(settings).folder)
     shard = Path(settings.output) / Manifest.read(settings.output).domains["web"].train[0].file
-    shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:-2])
+    content = shard.read_bytes()
+    shard.unlink() if damage == "missing" else shard.write_bytes(content[:-2] if damage == "short" else content + b"12")
     with pytest.raises(ValueError, match="is missing" if damage == "missing" else "it is damaged"):
         Manifest.read(settings.output)
     prepare(settings)
@@ -402,11 +416,11 @@ def test_a_flipped_bit_is_found_by_verify(tmp_path: Path, tokenizer: str) -> Non
 
 
 def processes_of(script: Path) -> list[str]:
-    """Processes that run, or were forked by, ``script``."""
+    """Processes that ``script`` started, directly or not: its path is in their environment."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if str(script).encode() in (entry / "cmdline").read_bytes():
+            if f"STARTED_BY={script}".encode() in (entry / "environ").read_bytes():
                 found.append(entry.name)
         except OSError:  # it ended meanwhile
             continue
@@ -434,7 +448,11 @@ def test_killed_at_any_time_and_started_again_gives_the_same_bytes(
     shards, kills = 0, 0
     while not (Path(settings.output) / "domains.json").exists():
         assert kills < 15
-        process = subprocess.Popen([sys.executable, script, settings.model_dump_json()], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, script, settings.model_dump_json()],
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "STARTED_BY": str(script)},
+        )
         while process.poll() is None and len(list(Path(settings.output).glob("*/train/*.ds"))) < shards + 3:
             time.sleep(0.001)
         if process.poll() is None and shards < 9:

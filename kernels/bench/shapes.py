@@ -37,7 +37,7 @@ TOKENS = 16384  # a microbatch: 4 x 4096 or 2 x 8192
 
 @dataclass(frozen=True)
 class Problem:
-    """One op at one shape: ``inputs`` makes its tensors, ``definition`` is its meaning, ``rivals`` by name compute it."""
+    """One op at one shape: ``inputs`` makes its tensors, ``definition`` is its meaning, ``rivals`` compute it."""
 
     op: str
     model: str
@@ -79,7 +79,8 @@ def attention(m: ModelShape, sequence: int, closed: float, tokens: int) -> Probl
     for name in ("sdpa", "sdpa_flash", "sdpa_cudnn", *(["flash_attn"] if find_spec("flash_attn") else [])):
         rivals[f"{name} + multiply"] = backend(name)
     rivals["kernel, no gate"] = lambda q, k, v, head_mask: shear_kernels.masked_attention(q, k, v, backend="triton")
-    rivals["sdpa, gate folded into o"] = lambda q, k, v, head_mask: shear_kernels.masked_attention(q, k, v, backend="sdpa")
+    sdpa = backend("sdpa")
+    rivals["sdpa, gate folded into o"] = lambda q, k, v, head_mask: sdpa(q=q, k=k, v=v)
     rivals["torch.compile"] = torch.compile(reference.masked_attention)
     work = roofline.masked_attention(batch, sequence, m.heads, m.kv_heads, m.head_dim, True, 1 - closed)
     return Problem("masked_attention", m.name, sequence, closed, inputs, reference.masked_attention, rivals, work)
@@ -154,31 +155,33 @@ def rotary(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
             "k": _normal(batch, sequence, m.kv_heads, m.head_dim, device=device, dtype=dtype),
         }
 
-    def with_angles(op: Rival) -> Rival:
-        return lambda q, k: op(q, k, angle.cos().to(q.device), angle.sin().to(q.device))
-
-    def turn(cos: Tensor, sin: Tensor) -> Rival:
-        return lambda op: lambda q, k: op(q, k, cos, sin)
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bound = turn(angle.cos().to(device), angle.sin().to(device))
+    cos, sin = angle.cos().to(device), angle.sin().to(device)
+    compiled = torch.compile(reference.rope)
     rivals: dict[str, Rival] = {
-        "kernel": bound(lambda *t: shear_kernels.rope(*t, backend="triton")),
-        "unfused": bound(reference.rope),
-        "torch.compile": bound(torch.compile(reference.rope)),
+        "kernel": lambda q, k: shear_kernels.rope(q, k, cos, sin, backend="triton"),
+        "unfused": lambda q, k: reference.rope(q, k, cos, sin),
+        "torch.compile": lambda q, k: compiled(q, k, cos, sin),
     }
     work = roofline.rope(batch * sequence, m.heads, m.kv_heads, m.head_dim)
-    return Problem("rope", m.name, sequence, closed, inputs, with_angles(reference.rope), rivals, work)
+    return Problem("rope", m.name, sequence, closed, inputs, rivals["unfused"], rivals, work)
 
 
-def problems(tokens: int = TOKENS) -> Iterator[Problem]:
-    """All rows of the benchmark. Only attention depends on the sequence length; only gated ops on what is closed."""
-    for model in MODELS:
-        for closed in (0.0, 0.25, 0.5, 0.75):
-            for sequence in (4096, 8192):
-                yield attention(model, sequence, closed, tokens)
-            yield swiglu(model, 4096, closed, tokens)
-        for make in (norm, add_norm):
-            for closed in (0.0, 0.5):
-                yield make(model, 4096, closed, tokens)
-        yield rotary(model, 4096, 0.0, tokens)
+Make = Callable[[ModelShape, int, float, int], Problem]
+GRID: tuple[tuple[Make, tuple[int, ...], tuple[float, ...]], ...] = (
+    (attention, (4096, 8192), (0.0, 0.25, 0.5, 0.75)),
+    (swiglu, (4096,), (0.0, 0.25, 0.5, 0.75)),
+    (norm, (4096,), (0.0, 0.25, 0.5, 0.75)),
+    (add_norm, (4096,), (0.0, 0.25, 0.5, 0.75)),
+    (rotary, (4096,), (0.0,)),
+)
+"""Maker, sequences, closed shares. Only attention depends on the sequence length; only gated ops on what is closed."""
+
+
+def problems(tokens: int = TOKENS) -> Iterator[tuple[Problem, Problem]]:
+    """(a row of the benchmark, the same op on 1,000 tokens: an odd length, small enough for float64)."""
+    for make, sequences, shares in GRID:
+        for model in MODELS:
+            for sequence in sequences:
+                for closed in shares:
+                    yield make(model, sequence, closed, tokens), make(model, 1000, closed, 1000)

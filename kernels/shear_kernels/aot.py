@@ -140,7 +140,9 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         numbers = {f.name for f in fields(Row) if f.type is int}
         lines: list[dict[str, Any]] = list(csv.DictReader(file))
-    return [Row(**{k: int(v) if k in numbers else v for k, v in line.items()}) for line in lines]
+    for line in lines:
+        line.update({name: int(line[name]) for name in numbers})
+    return [Row(**line) for line in lines]
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

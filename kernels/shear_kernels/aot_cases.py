@@ -52,22 +52,31 @@ def _case(
         modules += ("shear_kernels.attention_forward",)
     return Case(
         function.__name__, f"{name} {dtype}", function, modules, signature,
-        constants | dict.fromkeys(absent), warps, stages,
+        constants | dict.fromkeys(sorted(absent)), warps, stages,
     )  # fmt: skip
 
 
 _POINTERS = {
     "masked_swiglu_forward": {"gate", "up", "mask", "out"},
     "masked_swiglu_backward": {"gate", "up", "mask", "dout", "dgate", "dup"},
-    "add_rms_norm_forward": set(["residual", "branch", "weight", "mask", "layer", "stream", "normed", "inverse_rms"]),
-    "add_rms_norm_backward": set(
-        ["stream", "branch", "weight", "mask", "layer", "inverse_rms", "dnormed", "dstream", "dresidual", "dbranch"]
-    ),
+    "add_rms_norm_forward": {"residual", "branch", "weight", "mask", "layer", "stream", "normed", "inverse_rms"},
+    "add_rms_norm_backward": {
+        "stream",
+        "branch",
+        "weight",
+        "mask",
+        "layer",
+        "inverse_rms",
+        "dnormed",
+        "dstream",
+        "dresidual",
+        "dbranch",
+    },
     "rope_kernel": {"q", "k", "cos", "sin", "q_out", "k_out"},
     "attention_forward": {"q", "k", "v", "gate", "out", "log_sum"},
     "attention_delta": {"out", "dout", "gate", "delta"},
-    "attention_keys_backward": set(["q", "k", "v", "gate", "dout", "log_sum", "delta", "dk", "dv"]),
-    "attention_queries_backward": set(["q", "k", "v", "gate", "dout", "log_sum", "delta", "dq"]),
+    "attention_keys_backward": {"q", "k", "v", "gate", "dout", "log_sum", "delta", "dk", "dv"},
+    "attention_queries_backward": {"q", "k", "v", "gate", "dout", "log_sum", "delta", "dq"},
 }
 
 

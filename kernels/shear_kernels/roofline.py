@@ -1,8 +1,8 @@
 """Least time of each op: bytes that must cross memory and FLOPs that must be done, as functions of the shape.
 
 Bytes count every input read once and every output written once, with a cache that holds the rest. FLOPs count a
-multiplication and an addition as two, matrix products only. ``open_share`` is the share of heads or columns whose gate is
-not exactly 0: closed ones need no read and no product, only their zeros written.
+multiplication and an addition as two, matrix products only. ``open_share`` is the share of heads or columns whose gate
+is not exactly 0: closed ones need no read and no product, only their zeros written.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,9 @@ def masked_attention(
 def masked_swiglu(rows: int, ffn: int, open_share: float = 1.0, element_bytes: int = 2) -> tuple[Work, Work]:
     """(forward: read gate, up, write out; backward: read gate, up, dout, write dgate, dup)."""
     whole = rows * ffn * element_bytes
-    return Work((2 * open_share + 1) * whole + ffn * GATE_BYTES), Work((3 * open_share + 2) * whole + 2 * ffn * GATE_BYTES)
+    return Work((2 * open_share + 1) * whole + ffn * GATE_BYTES), Work(
+        (3 * open_share + 2) * whole + 2 * ffn * GATE_BYTES
+    )
 
 
 def masked_rms_norm(rows: int, hidden: int, element_bytes: int = 2) -> tuple[Work, Work]:
@@ -88,4 +90,6 @@ def rope(rows: int, heads: int, kv_heads: int, head_dim: int, element_bytes: int
 def vocab_cross_entropy(tokens: int, hidden: int, vocab: int, element_bytes: int = 2) -> tuple[Work, Work]:
     """(forward: one product; backward: two, and the forward's again, since logits are not kept)."""
     x, weight, product = tokens * hidden * element_bytes, vocab * hidden * element_bytes, 2.0 * tokens * hidden * vocab
-    return Work(x + weight + tokens * GATE_BYTES, product), Work(2 * x + weight + vocab * hidden * GATE_BYTES, 3 * product)
+    return Work(x + weight + tokens * GATE_BYTES, product), Work(
+        2 * x + weight + vocab * hidden * GATE_BYTES, 3 * product
+    )

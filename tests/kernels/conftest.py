@@ -15,19 +15,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # for kernel_law.py, whatever pytest's import mode
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LAWS = {
-    "test_attention_laws.py",
-    "test_norm_laws.py",
-    "test_rotary_laws.py",
-    "test_swiglu_laws.py",
-    "test_tiny_model.py",
-}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
-        if item.path.parent == here and item.path.name in LAWS:
+        if item.path.parent == here and item.path.name.endswith("_laws.py"):
             if torch.cuda.is_available():
                 item.add_marker(pytest.mark.gpu)
             elif not INTERPRETED:

@@ -46,7 +46,9 @@ def read() -> None:
     from shear_tron.data.sampler import Batches, Sampler
 
     with tempfile.TemporaryDirectory() as folder:
-        sparse_manifest(Path(folder), 7, 4, 10_000_000)
+        sparse_manifest(Path(folder), 7, 4, 2_000_000)
+        for shard in Path(folder).rglob("*.ds"):
+            np.random.default_rng(0).integers(0, 32000, 2_000_000).astype("<u2").tofile(shard)  # real pages, no holes
         manifest = Manifest.read(folder)
         for sequence in (512, 2048, SEQUENCE):
             sampler = Sampler(manifest, list(manifest.domains), sequence, 0)

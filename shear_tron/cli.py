@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Bad input is one line on stderr and exit status 2."""
+    """Run one verb. Bad input is one line on stderr, said once by all ranks together, and exit status 2."""
     parser = argparse.ArgumentParser(prog="shear-tron", description="Shear a LLaMA model to a target shape.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
     for verb, text in VERBS.items():
@@ -37,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int({name: globals()[name] for name in VERBS}[arguments.verb](arguments) or 0)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if os.environ.get("RANK", "0") == "0":  # say it once
+        from shear_tron.parallel.topology import is_main_process
+
+        if is_main_process():
             print(f"shear-tron {arguments.verb}: {error}", file=sys.stderr)
         return 2
 

@@ -40,8 +40,11 @@ class Layout:
         return self.pp * self.dp * self.tp
 
     @staticmethod
-    def plan(config: ParallelConfig, world: int) -> "Layout":
-        """The layout of ``config`` on ``world`` ranks. ConfigError where the numbers do not fit."""
+    def plan(config: ParallelConfig, shape: Shape, world: int) -> "Layout":
+        """The layout of ``config`` on ``world`` ranks for a model of ``shape``. ValueError where numbers do not fit."""
+        for dim in (Dim.KV_HEADS, Dim.HEADS, Dim.FFN, Dim.VOCAB):  # those of params.CUT, the scarcest first
+            require_split(dim.value, getattr(shape, dim.value), "tp", config.tp)
+        require_split("layers", shape.layers, "pp * stages", config.pp * config.stages_per_rank)
         model_ranks = config.pp * config.tp
         if world % model_ranks or (config.dp and config.dp * model_ranks != world):
             dp = config.dp or "N"
@@ -57,17 +60,11 @@ class Layout:
             config.pp, dp // shard, shard, config.tp, config.sequence, config.schedule, config.stages_per_rank
         )
 
-    def require(self, shape: Shape, batch: int, micro_batch: int, sequence: int) -> None:
-        """Raise ConfigError unless a model of ``shape`` and this batch divide over the layout."""
-        try:
-            for dim in (Dim.KV_HEADS, Dim.HEADS, Dim.FFN, Dim.VOCAB):  # those of params.CUT, the scarcest first
-                require_split(dim.value, getattr(shape, dim.value), "tp", self.tp)
-            require_split("layers", shape.layers, "pp * stages", self.pp * self.stages_per_rank)
-            require_split("batch / micro_batch", batch // micro_batch, "dp", self.dp)
-            if self.sequence:
-                require_split("micro_batch * sequence", micro_batch * sequence, "tp", self.tp)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    def require_batch(self, batch: int, micro_batch: int, sequence: int) -> None:
+        """Raise ValueError unless a batch divides over the layout."""
+        require_split("batch / micro_batch", batch // micro_batch, "dp", self.dp)
+        if self.sequence:
+            require_split("micro_batch * sequence", micro_batch * sequence, "tp", self.tp)
         microbatches = batch // micro_batch // self.dp
         if self.schedule == "interleaved" and microbatches % self.pp:
             raise ConfigError(
@@ -133,6 +130,11 @@ class Topology:
 def world_size() -> int:
     """Processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this is the process to speak for all, before or without a process group."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def choose_device(config: OptimConfig) -> torch.device:

@@ -68,8 +68,8 @@ def plan(config: TrainConfig, world: int) -> Plan:
             f"data.sequence={config.data.sequence} is longer than the model's context={architecture.context}; "
             f"use at most {architecture.context}"
         )
-    layout = Layout.plan(config.parallel, world)
-    layout.require(architecture.shape, config.train.batch, config.train.micro_batch, config.data.sequence)
+    layout = Layout.plan(config.parallel, architecture.shape, world)
+    layout.require_batch(config.train.batch, config.train.micro_batch, config.data.sequence)
     return Plan(config, architecture, target, layout)
 
 

@@ -76,7 +76,10 @@ def test_masked_logits_loss_and_gradients_are_those_of_the_original() -> None:
         )
 
 
-def random_model(shape: Shape, rope: Rope = Rope(), seed: int = 0) -> Stage:
+PLAIN = Rope()
+
+
+def random_model(shape: Shape, rope: Rope = PLAIN, seed: int = 0) -> Stage:
     torch.manual_seed(seed)
     model = Stage(Architecture(shape, rope)).double()
     for name, parameter in model.named_parameters():

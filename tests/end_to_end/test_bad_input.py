@@ -1,0 +1,99 @@
+"""Bad input is one clear line and exit status 2, before any process group starts."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shear_tron import cli
+from shear_tron.parallel import topology
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def scribble(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
+
+
+def other_tokenizer(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace("<end>", "<stop>"))
+
+
+OVERRIDES = {
+    "target larger than source": (["prune.target.hidden=64"], "target hidden=64 is larger than the source's 48"),
+    "target heads larger": (["prune.target.heads=16"], "queries per key-value group=4 is larger"),
+    "heads do not split over tp": (["parallel.tp=3"], "kv_heads=4 does not split over tp=3; use tp of 1, 2, 4"),
+    "layers do not split over pp": (["parallel.pp=3"], "layers=4 does not split over pp * stages=3"),
+    "world size": (["parallel.dp=4"], "world size 1 does not match parallel: pp=1 x dp=4 x tp=1; start 4 processes"),
+    "unknown domain": (["data.weights={colours: 1, treees: 1}"], "domain 'treees' is not in"),
+    "sequence too long": (["data.sequence=65"], "data.sequence=65 is longer than the model's context=64"),
+    "misspelt key": (["train.step=3"], "unknown key 'train.step'; did you mean 'steps'?"),
+    "misspelt section": (["parallell.tp=2"], "unknown key 'parallell'; did you mean 'parallel'?"),
+    "wrong type": (["train.steps=many"], "train.steps='many'"),
+    "no such model": (["model=nowhere"], "nowhere"),
+    "no such data": (["data.folder=nowhere"], "data folder nowhere holds no domains.json"),
+    "batch does not split": (["train.batch=8", "train.micro_batch=3"], "batch=8 is not a multiple of micro_batch=3"),
+    "warm-up longer than the run": (["prune.warmup_steps=14"], "prune.warmup_steps=14"),
+    "nothing to prune": (["prune.target={}"], "as large as the source"),
+    "references without a domain": (["data.reference_losses={trees: 1.0}"], "has no reference loss"),
+}
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated safetensors": (truncate, "model.safetensors"),
+    "corrupt safetensors": (scribble, "model.safetensors"),
+    "another tokenizer": (other_tokenizer, "prepare the data with the model's tokenizer"),
+}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that the command prints."""
+    assert cli.main(list(arguments)) == 2
+    lines = [line for line in capsys.readouterr().err.split("\n") if "it/s" not in line and "B/s" not in line]
+    (error,) = filter(None, lines)  # one line beside progress bars
+    assert error.startswith(f"shear-tron {arguments[0]}: ")
+    return error
+
+
+@pytest.fixture(autouse=True)
+def no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object) -> None:
+        raise AssertionError("a process group was started")
+
+    monkeypatch.setattr(topology, "start", start)
+
+
+@pytest.mark.parametrize(("overrides", "message"), OVERRIDES.values(), ids=OVERRIDES.keys())
+def test_bad_config(
+    world: Path, tmp_path: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = f"run={tmp_path}/run"
+    assert message in refused(capsys, "train", str(world / "prune.yaml"), run, *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_model(
+    world: Path, tmp_path: Path, damage: Callable[[Path], None], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "model", tmp_path / "model")
+    damage(tmp_path / "model")
+    overrides = [f"run={tmp_path}/run", f"model={tmp_path}/model"]
+    assert message in refused(capsys, "train", str(world / "prune.yaml"), *overrides)
+
+
+def test_empty_domain(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "nothing.jsonl").write_text("")
+    (tmp_path / "prepare.yaml").write_text(
+        f"output: {tmp_path}/data\ntokenizer: {world}/model\ndomains: {{void: {{path: {tmp_path}/nothing.jsonl}}}}\n"
+    )
+    assert "void" in refused(capsys, "prepare", str(tmp_path / "prepare.yaml"))
+
+
+def test_extract_and_export_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("extract", "export"):
+        assert "has no checkpoint" in refused(capsys, verb, str(tmp_path), str(tmp_path / "out"))

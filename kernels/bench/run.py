@@ -197,7 +197,7 @@ def print_compiled(table: Path) -> None:
 
 
 def print_choice(results: Iterable[Result]) -> None:
-    """What this run says of ``dense_attention.MEASURED``: the fastest gated and ungated attention, both ways together."""
+    """What this run says of ``dense_attention.MEASURED``: the fastest attention with and without a gate."""
     for gated, closed in ((True, 0.25), (False, 0.0)):
         total: dict[str, float] = {}
         for r in results:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ VERBS = {
     "extract": "cut the dense small model out of a pruning run, as a Hugging Face folder",
     "export": "write a training run's weights as a Hugging Face folder",
     "show": "dry run: shapes, counts, what each rank holds, whether everything divides",
+    "reference-loss": "reference losses of domains: predicted by scaling curves, or measured",
+    "bench": "the kernel benchmark; without a GPU its rooflines and what the compiler made",
 }
 
 
@@ -20,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text)
-        if verb in ("prepare", "train", "show"):
+        if verb in ("prepare", "train", "show", "reference-loss"):
             sub.add_argument("config", help="YAML file")
             sub.add_argument("overrides", nargs="*", metavar="section.key=value")
         if verb == "show":
@@ -32,9 +35,12 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument("output", help="Hugging Face folder to write; must not exist")
             sub.add_argument("--step", type=int, default=None, help="checkpoint to take; default: the newest")
             sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    arguments = parser.parse_args(argv)
+    arguments, arguments.options = parser.parse_known_args(argv)
+    if arguments.options and arguments.verb != "bench":  # bench hands its options to kernels/bench/run.py
+        parser.error(f"unrecognized arguments: {' '.join(arguments.options)}")
     try:
-        return int({name: globals()[name] for name in VERBS}[arguments.verb](arguments) or 0)
+        function = globals()[arguments.verb.replace("-", "_")]
+        return int(function(arguments) or 0)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         from shear_tron.parallel.topology import is_main_process
 
@@ -92,6 +98,23 @@ def show(arguments: argparse.Namespace) -> None:
     from shear_tron.train.show import show as text
 
     print(text(load(TrainConfig, arguments.config, arguments.overrides), arguments.world))
+
+
+def reference_loss(arguments: argparse.Namespace) -> None:
+    from shear_tron.config import load
+    from shear_tron.data.reference import ReferenceConfig, reference_losses
+
+    losses = reference_losses(load(ReferenceConfig, arguments.config, arguments.overrides))
+    print(json.dumps({name: round(loss, 4) for name, loss in losses.items()}))
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    import shear_kernels
+
+    script = Path(shear_kernels.__file__).parents[1] / "bench" / "run.py"
+    if not script.exists():
+        raise ValueError(f"{script} is not there: the benchmark comes with a checkout, not with a wheel; clone one")
+    return subprocess.run([sys.executable, str(script), *arguments.options], check=False).returncode
 
 
 if __name__ == "__main__":

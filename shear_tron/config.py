@@ -60,7 +60,7 @@ class DataConfig(Section):
     folder: str  # made by `shear-tron prepare`
     sequence: PositiveInt  # tokens a training window predicts
     weights: dict[str, float] | Literal["proportional"] = "proportional"  # starting mixture; normalised
-    # a loss a domain, a JSON file of them, or "source": measured from the model before the first step
+    # a loss a domain, a JSON or YAML file of them, or "source": measured from the model before the first step
     reference_losses: dict[str, float] | str | None = None
     update_every: int = Field(0, ge=0)  # steps between updates of the mixture; 0: constant
     evaluate_every: int = Field(0, ge=0)  # steps between held-out evaluations without an update; 0: only at the end

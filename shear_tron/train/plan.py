@@ -1,6 +1,5 @@
 """Everything that can be known, and can be wrong, before a rank starts: what `show` prints and `train` relies on."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,13 +93,13 @@ def _references(given: dict[str, float] | str | None) -> dict[str, float] | None
     if given == "source":
         return None
     try:
-        losses: dict[str, float] = json.loads(Path(given).read_text())
-    except (OSError, ValueError) as error:
+        losses = yaml.safe_load(Path(given).read_text())  # JSON is YAML
+        return {str(name): float(loss) for name, loss in losses.items()}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"data.reference_losses={given} cannot be read ({error}); give a JSON file of losses by domain, such as a "
-            "pruning run's reference_losses.json, or `source`"
+            f"data.reference_losses={given} cannot be read ({' '.join(str(error).split())}); give a JSON or YAML "
+            "file of losses by domain, such as a pruning run's reference_losses.json, or `source`"
         ) from None
-    return losses
 
 
 def precision(config: TrainConfig) -> tuple[torch.device, torch.dtype]:

@@ -35,9 +35,10 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument("output", help="Hugging Face folder to write; must not exist")
             sub.add_argument("--step", type=int, default=None, help="checkpoint to take; default: the newest")
             sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    arguments, arguments.options = parser.parse_known_args(argv)
-    if arguments.options and arguments.verb != "bench":  # bench hands its options to kernels/bench/run.py
-        parser.error(f"unrecognized arguments: {' '.join(arguments.options)}")
+    arguments, options = parser.parse_known_args(argv)
+    if options and arguments.verb != "bench":  # bench hands its options to kernels/bench/run.py
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
+    arguments.options = options
     try:
         function = globals()[arguments.verb.replace("-", "_")]
         return int(function(arguments) or 0)

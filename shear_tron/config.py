@@ -65,6 +65,7 @@ class DataConfig(Section):
     update_every: int = Field(0, ge=0)  # steps between updates of the mixture; 0: constant
     evaluate_every: int = Field(0, ge=0)  # steps between held-out evaluations without an update; 0: only at the end
     evaluate_windows: PositiveInt = 32  # held-out windows a domain
+    document_masking: bool = False  # attention does not cross documents of a window, positions restart in each
     mixture: MixtureConfig = MixtureConfig()
 
     @model_validator(mode="after")

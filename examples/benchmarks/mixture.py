@@ -3,7 +3,8 @@
     python examples/benchmarks/mixture.py OUT [--steps 600]
 
 Trains a small source model on six domains of real text, prunes it to about a quarter, and continues the pruned model
-(a) with constant weights and (b) with the paper's Algorithm 1, the source's losses as references. Writes OUT/mixture.jsonl,
+(a) with constant weights and (b) with the paper's Algorithm 1, the source's losses as references. Writes
+OUT/mixture.jsonl,
 a line an evaluation (run, step, tokens, weights, excess loss by domain), and OUT/mixture.png. Downloads 33 MB of text
 (examples/smollm2/fetch_text.py). Takes about fifteen minutes on two cores.
 """
@@ -64,7 +65,13 @@ def training(out: Path, name: str, model: Path, steps: int, rate: float, **data:
         "run": str(out / name),
         "model": str(model),
         "data": {"folder": str(out / "tokens"), "sequence": SEQUENCE, "evaluate_windows": 64, **data},
-        "train": {"steps": steps, "batch": BATCH, "micro_batch": BATCH, "learning_rate": rate, "warmup_steps": steps // 20},
+        "train": {
+            "steps": steps,
+            "batch": BATCH,
+            "micro_batch": BATCH,
+            "learning_rate": rate,
+            "warmup_steps": steps // 20,
+        },
     }
 
 
@@ -76,7 +83,12 @@ def make(out: Path, steps: int) -> dict[str, float]:
         source(random)
         tokenizer(random, text)
     domains = {file.stem: {"path": str(file), "held_out": 0.1, "cut": 8000} for file in sorted(text.glob("*.jsonl"))}
-    settings = {"output": str(out / "tokens"), "tokenizer": str(random), "domains": domains, "separator": "<|endoftext|>"}
+    settings = {
+        "output": str(out / "tokens"),
+        "tokenizer": str(random),
+        "domains": domains,
+        "separator": "<|endoftext|>",
+    }
     run("-m", "shear_tron", "prepare", write(out / "prepare.yaml", settings))
     if not trained.exists():
         run("-m", "shear_tron", "train", write(out / "source.yaml", training(out, "train", random, 2 * steps, 2e-3)))
@@ -132,7 +144,9 @@ def draw(lines: list[dict[str, Any]], picture: Path) -> None:
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
-    for axis, name, key in zip(axes, ("algorithm1", "algorithm1", "constant"), ("weights", "excess", "excess"), strict=True):
+    for axis, name, key in zip(
+        axes, ("algorithm1", "algorithm1", "constant"), ("weights", "excess", "excess"), strict=True
+    ):
         chosen = [line for line in lines if line["run"] == name]
         for domain in chosen[0][key]:
             axis.plot([line["tokens"] / 1e6 for line in chosen], [line[key][domain] for line in chosen], label=domain)

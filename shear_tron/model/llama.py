@@ -4,7 +4,7 @@ The residual stream is [tokens, hidden], tokens being batch x time flattened (th
 parallelism); only attention sees [batch, time]. Parameters carry the names of ``shear_tron.params``.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import shear_kernels
@@ -24,7 +24,29 @@ from shear_tron.model.rope import rope_table
 from shear_tron.model.split import Whole
 from shear_tron.params import BY_LEAF, LAYER_TABLE, Param, table
 from shear_tron.pruning.select import Keep, select, spread, untouched
-from shear_tron.shape import Architecture
+from shear_tron.shape import Architecture, Rope
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where tokens stand. ``documents``: int32 [documents + 1], the documents' ends in batch x time flattened, first 0;
+    attention does not cross them and positions restart. None: each sequence is one document."""
+
+    time: int
+    cos: Tensor  # [time, head_dim / 2], or [batch, time, head_dim / 2] with documents
+    sin: Tensor
+    documents: Tensor | None = None
+
+    @classmethod
+    def of(cls, rope: Rope, head_dim: int, time: int, documents: Tensor | None, x: Tensor) -> "Place":
+        """For a residual stream ``x``, whose device and (at least float32) precision the angles have."""
+        precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if documents is None:
+            return cls(time, *rope_table(rope, head_dim, torch.arange(time, device=x.device), precision))
+        token = torch.arange(int(documents[-1]), device=x.device)
+        starts = documents[torch.searchsorted(documents, token, right=True) - 1]
+        cos, sin = rope_table(rope, head_dim, token - starts, precision)
+        return cls(time, cos.view(-1, time, cos.shape[-1]), sin.view(-1, time, sin.shape[-1]), documents)
 
 
 class Layer(nn.Module):
@@ -46,24 +68,20 @@ class Layer(nn.Module):
         for row in LAYER_TABLE:
             self.register_parameter(row.leaf, _parameter(row, architecture))
 
-    def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], masks: LayerMasks, keep: Keep | None = None, index: int = 0
-    ) -> Tensor:
-        """x: [tokens, hidden]; angles: (cos, sin), each [time, head_dim / 2]. Returns the new residual stream.
+    def forward(self, x: Tensor, place: "Place", masks: LayerMasks, keep: Keep | None = None, index: int = 0) -> Tensor:
+        """x: [tokens, hidden], the residual stream. Returns the new one.
 
         With ``keep``, which says what layer ``index`` keeps, x has only the kept hidden columns, and the layer runs on
         the kept rows and columns of its weights.
         """
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self._forward(x, angles, masks, keep, index)
+            return self._forward(x, place, masks, keep, index)
         save = _keep_matmuls if self.checkpointing == "selective" else noop_context_fn
         return cast(
-            Tensor, checkpoint(self._forward, x, angles, masks, keep, index, use_reentrant=False, context_fn=save)
+            Tensor, checkpoint(self._forward, x, place, masks, keep, index, use_reentrant=False, context_fn=save)
         )
 
-    def _forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], masks: LayerMasks, keep: Keep | None, index: int
-    ) -> Tensor:
+    def _forward(self, x: Tensor, place: "Place", masks: LayerMasks, keep: Keep | None, index: int) -> Tensor:
         split, eps = self.split, self.architecture.norm_eps
         w = {row.leaf: split.weight(getattr(self, row.leaf), row) for row in LAYER_TABLE}
         masks = replace(masks, heads=split.part(masks.heads), ffn=split.part(masks.ffn))
@@ -75,20 +93,17 @@ class Layer(nn.Module):
         hidden, layer = split.shared(masks.hidden), split.shared(masks.layer)
 
         normed = shear_kernels.masked_rms_norm(x, w["attn_norm"], hidden, eps)
-        attended = split.leave(self._attention(split.enter(normed), angles, w, masks.heads))
+        attended = split.leave(self._attention(split.enter(normed), place, w, masks.heads))
         x, normed = shear_kernels.add_rms_norm(x, attended, w["mlp_norm"], hidden, layer, eps)
         fed = split.leave(self._mlp(split.enter(normed), w, masks.ffn))
         return shear_kernels.gated_residual(x, fed, hidden, layer)
 
-    def _attention(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], w: dict[str, Tensor], heads: Tensor | None
-    ) -> Tensor:
-        time = angles[0].shape[0]
+    def _attention(self, x: Tensor, place: "Place", w: dict[str, Tensor], heads: Tensor | None) -> Tensor:
         q, k, v = (
-            F.linear(x, w[name]).view(-1, time, w[name].shape[0] // self.head_dim, self.head_dim) for name in "qkv"
+            F.linear(x, w[name]).view(-1, place.time, len(w[name]) // self.head_dim, self.head_dim) for name in "qkv"
         )
-        q, k = shear_kernels.rope(q, k, *angles)
-        out = shear_kernels.masked_attention(q, k, v, heads)
+        q, k = shear_kernels.rope(q, k, place.cos, place.sin)
+        out = shear_kernels.masked_attention(q, k, v, heads, cu_seqlens=place.documents)
         return F.linear(out.flatten(2).flatten(0, 1), w["o"])
 
     def _mlp(self, x: Tensor, w: dict[str, Tensor], ffn: Tensor | None) -> Tensor:
@@ -137,6 +152,7 @@ class Stage(nn.Module):
         masks: Masks | None = None,
         keep: Keep | None = None,
         time: int | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """From token ids to losses, or the part of that way that this stage holds.
 
@@ -144,6 +160,7 @@ class Stage(nn.Module):
         ``time`` is the length of a sequence. labels: [batch, time] int64, for the last stage.
         keep: the units whose masks are not zero (and perhaps some more), of this tensor-parallel rank: with it the
         stage runs on those alone, which gives the same numbers (docs/compaction.md).
+        documents: see ``Place``.
         Returns the residual stream, always of full width; on the last stage the mean loss of each sequence [batch]
         (``next_token_loss``), or the logits [batch, time, vocab (this rank's part)] where labels is None.
         """
@@ -157,10 +174,9 @@ class Stage(nn.Module):
         hidden = None if masks.hidden is None else self.split.shared(select(masks.hidden, kept))
         if self.is_first and hidden is not None:
             x = (x * hidden).to(x.dtype)
-        precision = torch.float64 if x.dtype == torch.float64 else torch.float32
-        angles = rope_table(self.architecture.rope, shape.head_dim, torch.arange(time, device=x.device), precision)
+        place = Place.of(self.architecture.rope, shape.head_dim, time, documents, x)
         for number, layer in self.layers.items():
-            x = layer(x, angles, masks.layer(int(number), shape), keep, int(number))
+            x = layer(x, place, masks.layer(int(number), shape), keep, int(number))
         if not self.is_last:
             return spread(x, kept, shape.hidden)
         row = next(row for row in table(shape.tied) if row.name == "norm")

@@ -1,7 +1,7 @@
 """Pipeline parallelism with torch's schedules; one stage without a pipeline is the plain loop over microbatches."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,10 +20,11 @@ from shear_tron.shape import Architecture
 
 @dataclass(frozen=True)
 class Gated:
-    """What one microbatch runs under: its masks and, to leave closed units out, which units to keep."""
+    """What one microbatch runs under: masks; to leave closed units out, which to keep; where its documents end."""
 
     masks: Masks | None = None
     keep: Keep | None = None
+    documents: Tensor | None = None  # see shear_tron.model.llama.Place
 
 
 class PipelinePart(Stage):
@@ -33,7 +34,7 @@ class PipelinePart(Stage):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
         gated = next(self.waiting)
-        return super().forward(x, labels, gated.masks, gated.keep, labels.shape[1])
+        return super().forward(x, labels, gated.masks, gated.keep, labels.shape[1], gated.documents)
 
 
 def build_stages(architecture: Architecture, topology: Topology, checkpointing: str) -> list[Stage]:
@@ -62,12 +63,21 @@ class Microbatches:
         count: microbatches in this rank's share.
         micro_batch, time: sequences of a microbatch, tokens of a sequence; fixed, since a pipeline's messages are.
         compute: dtype of activations.
+        documents: from the token ids of a microbatch to where its documents end; None: one document a sequence.
     """
 
     def __init__(
-        self, stages: Sequence[Stage], topology: Topology, count: int, micro_batch: int, time: int, compute: torch.dtype
+        self,
+        stages: Sequence[Stage],
+        topology: Topology,
+        count: int,
+        micro_batch: int,
+        time: int,
+        compute: torch.dtype,
+        documents: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.stages, self.topology, self.count = list(stages), topology, count
+        self.documents = documents
         self.has_loss = any(stage.is_last for stage in stages)
         # What crosses a stage's edge: this rank's tokens at full hidden width, whatever a stage does inside.
         tensor_ranks = topology.layout.tp if stages[0].split.sequence else 1
@@ -86,7 +96,7 @@ class Microbatches:
         this rank's batch; FSDP takes the mean over data-parallel ranks. The losses [batch] are known on ranks that
         hold the last stage, elsewhere the result is None.
         """
-        gated = gated or [Gated()] * self.count
+        gated = self._placed(tokens, gated or [Gated()] * self.count)
         if self.schedule is not None:
             for stage in self.stages:
                 cast(PipelinePart, stage).waiting = iter(gated)
@@ -98,7 +108,7 @@ class Microbatches:
         parts = zip(tokens.chunk(self.count), labels.chunk(self.count), gated, strict=True)
         for number, (rows, wanted, under) in enumerate(parts):
             stage.set_requires_gradient_sync(number == self.count - 1)
-            loss = cast(Stage, stage)(rows, wanted, under.masks, under.keep)
+            loss = cast(Stage, stage)(rows, wanted, under.masks, under.keep, documents=under.documents)
             (loss.mean() / self.count).backward()
             losses.append(loss.detach())
         return torch.cat(losses)
@@ -110,16 +120,20 @@ class Microbatches:
         Schedules are made for training steps; forward alone needs only messages down the line.
         """
         group, losses, sent = self.topology.mesh.get_group("pp"), [], []
-        parts = list(zip(tokens.chunk(self.count), labels.chunk(self.count), strict=True))
+        placed = self._placed(tokens, [gated] * self.count)
+        parts = list(zip(tokens.chunk(self.count), labels.chunk(self.count), placed, strict=True))
         for stage in self.stages:
             if isinstance(stage, PipelinePart):
-                stage.waiting = iter([gated] * self.count)
-            for rows, wanted in parts:
+                stage.waiting = iter(placed)
+            for rows, wanted, under in parts:
                 x = rows
                 if not stage.is_first:
                     x = torch.empty_like(self.message)
                     dist.recv(x, group=group, group_src=(self.topology.pp_rank - 1) % self.topology.layout.pp)
-                x = stage(x, wanted) if isinstance(stage, PipelinePart) else stage(x, wanted, gated.masks, gated.keep)
+                if isinstance(stage, PipelinePart):
+                    x = stage(x, wanted)
+                else:
+                    x = stage(x, wanted, under.masks, under.keep, documents=under.documents)
                 if stage.is_last:
                     losses.append(x)
                 else:
@@ -132,6 +146,12 @@ class Microbatches:
             if work is not None:
                 work.wait()
         return torch.cat(losses) if losses else None
+
+    def _placed(self, tokens: Tensor, gated: Sequence[Gated]) -> Sequence[Gated]:
+        if self.documents is None:
+            return gated
+        parts = zip(gated, tokens.chunk(self.count), strict=True)
+        return [replace(under, documents=self.documents(rows)) for under, rows in parts]
 
     def _schedule(self, micro_batch: int, time: int) -> Any:
         layout, device = self.topology.layout, self.topology.device

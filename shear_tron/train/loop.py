@@ -12,6 +12,7 @@ from shear_tron.checkpoint import sharded
 from shear_tron.config import save as save_config
 from shear_tron.data.mixture import Mixture
 from shear_tron.data.sampler import Batches, Sampler, held_out
+from shear_tron.data.tokens import document_ends
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
 from shear_tron.parallel.pipeline import Gated, Microbatches, build_stages, on_all_stages
@@ -34,7 +35,13 @@ class Trainer:
         stages = build_stages(plan.architecture, topology, train.activation_checkpointing)
         self.stages = [shard(stage, inputs.weights, topology, torch.float32, compute) for stage in stages]
         self.engine = Microbatches(
-            self.stages, topology, plan.microbatches, train.micro_batch, self.config.data.sequence, compute
+            self.stages,
+            topology,
+            plan.microbatches,
+            train.micro_batch,
+            self.config.data.sequence,
+            compute,
+            self._document_ends if self.config.data.document_masking else None,
         )
         self.optimizer = torch.optim.AdamW(
             [parameter for stage in self.stages for parameter in stage.parameters()],
@@ -170,6 +177,9 @@ class Trainer:
 
     def _current(self) -> Gated:
         return self.pruner.decided(final=False) if self.pruner else Gated()
+
+    def _document_ends(self, tokens: Tensor) -> Tensor:
+        return document_ends(tokens, self.inputs.manifest.separator, self.inputs.manifest.bos)
 
     def _title(self) -> str:
         return "pruning" if self.pruner else "training"

@@ -11,6 +11,7 @@ from ranks import run
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from shear_tron.data.tokens import document_ends
 from shear_tron.masks import Masks, sizes
 from shear_tron.model.llama import Stage
 from shear_tron.parallel import sync
@@ -45,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
     "masked": {"masked": True},
     "compact": {"masked": True, "compact": 1},
-    "compact, padded": {"masked": True, "compact": 4},
+    "compact, padded, documents": {"masked": True, "compact": 4, "documents": True},
 }
 
 
@@ -54,6 +55,7 @@ class Case:
     tied: bool
     masked: bool = False
     compact: int = 0  # with masks: leave closed units out, up to a multiple of this
+    documents: bool = False  # several in a window
 
     @property
     def shape(self) -> Shape:
@@ -103,6 +105,10 @@ class InMemory:
         return self.weights[name].narrow(axis, start, stop - start).clone()
 
 
+def ends(tokens: Tensor) -> Tensor:
+    return document_ends(tokens, separator=int(tokens[0, 2]))
+
+
 Result = dict[str, Tensor]
 
 
@@ -112,7 +118,12 @@ def alone(case: Case) -> Result:
     model.load_state_dict(case.weights)
     tokens, labels = case.batch
     masks = [case.masks(number) for number in range(BATCH)]
-    losses = torch.cat([model(tokens[i : i + 1], labels[i : i + 1], masks[i]) for i in range(BATCH)])
+    losses = []
+    for i in range(BATCH):
+        row = tokens[i : i + 1]
+        documents = ends(row) if case.documents else None
+        losses.append(model(row, labels[i : i + 1], masks[i], documents=documents))
+    losses = torch.cat(losses)
     losses.mean().backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     norm = torch.cat([grad.flatten() for grad in grads.values()]).norm()
@@ -137,7 +148,8 @@ def together(case: Case, layout: Layout) -> Result:
     stages = build_stages(architecture, topology, "none")
     stages = [shard(stage, InMemory(case.weights), topology, torch.float64, torch.float64) for stage in stages]
     count = BATCH // MICRO_BATCH // layout.dp
-    engine = Microbatches(stages, topology, count, MICRO_BATCH, TIME, torch.float64)
+    documents = ends if case.documents else None
+    engine = Microbatches(stages, topology, count, MICRO_BATCH, TIME, torch.float64, documents)
     tokens, labels = (x.chunk(layout.dp)[topology.dp_rank] for x in case.batch)
     masks = [case.masks(topology.dp_rank * count + number) for number in range(count)]
     gated = [Gated(under, keep(under, case, topology)) for under in masks]

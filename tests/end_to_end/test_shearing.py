@@ -164,3 +164,10 @@ def stop_after(config: str, steps: int, overrides: list[str]) -> None:
         assert steps < 14
     finally:
         Trainer._update = update  # type: ignore[method-assign]
+
+
+def test_document_masking_changes_what_a_window_is(pruned: Path, world: Path, tmp_path: Path) -> None:
+    train(world / "prune.yaml", f"run={tmp_path}/run", "data.document_masking=true", "train.steps=7")
+    packed, masked = metrics.read(pruned)[0], metrics.read(tmp_path / "run")[0]
+    assert masked["loss"] == pytest.approx(packed["loss"], abs=0.05)
+    assert masked["loss"] != packed["loss"]

@@ -170,3 +170,16 @@ def test_activation_checkpointing_changes_nothing(mode: str) -> None:
         model(tokens[:, :-1], tokens[:, 1:], masks).sum().backward()
     for (name, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=0, rtol=0, msg=name)
+
+
+def test_documents_of_a_window_do_not_see_each_other() -> None:
+    """Packed with their ends marked, documents have the logits that they have alone."""
+    shape = SHAPES["gqa"]
+    model = random_model(shape)
+    tokens = torch.randint(shape.vocab, (2, 12))
+    ends = torch.tensor([0, 5, 12, 13, 20, 24], dtype=torch.int32)
+    packed = model(tokens, documents=ends).flatten(0, 1)
+    for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        alone = model(tokens.flatten()[None, start:stop])[0]
+        torch.testing.assert_close(packed[start:stop], alone, atol=1e-12, rtol=0)
+    assert not torch.allclose(packed, model(tokens).flatten(0, 1))

@@ -33,12 +33,21 @@ def latest(run: Path) -> Path | None:
 
 
 def progress(checkpoint: Path) -> dict[str, Any]:
-    """What was saved beside the tensors. ValueError where it cannot be read."""
+    """What was saved beside the tensors. ValueError where it cannot be read, or a file of the checkpoint is not whole.
+
+    A missing file must be found here: sizes of tensors are inferred from the parts that are there.
+    """
     file = checkpoint / PROGRESS
     try:
         content: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read ({error}); the checkpoint is damaged, use an earlier one") from None
+    for name, size in content["files"].items():
+        part = checkpoint / name
+        found = part.stat().st_size if part.exists() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes, not {size}"
+            raise ValueError(f"{part} {state}; the checkpoint is damaged or half copied, use an earlier one")
     return content
 
 
@@ -56,7 +65,8 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], progress: Mapping[
     dist.barrier()
     save_distributed(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
     if dist.get_rank() == 0:
-        (partial / PROGRESS).write_text(json.dumps(progress))
+        files = {file.name: file.stat().st_size for file in sorted(partial.glob("*.safetensors"))}
+        (partial / PROGRESS).write_text(json.dumps({**progress, "files": files}))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in sorted(final.parent.glob("step-????????"))[:-keep]:
@@ -65,7 +75,8 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], progress: Mapping[
 
 
 def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill ``tensors`` in place from a checkpoint of any layout; call on all ranks."""
+    """Fill ``tensors`` in place from a checkpoint of any layout; call on all ranks. ValueError if it is damaged."""
+    progress(checkpoint)
     load_distributed(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
 
 
@@ -73,6 +84,7 @@ class Reader:
     """Whole tensors of a checkpoint, one at a time, in one process without ranks."""
 
     def __init__(self, checkpoint: Path) -> None:
+        progress(checkpoint)
         try:
             metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata()
         except Exception as error:  # safetensors' own error is a bare Exception type

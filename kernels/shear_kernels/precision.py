@@ -1,7 +1,7 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """Where 16 and 32 bits meet inside a kernel: rounding and matrix products, the same on a GPU and in the interpreter.
 
-Triton's interpreter (seen in 3.7.1) keeps bfloat16 as bare 16-bit integers: it rounds float32 towards zero instead of to
+Triton's interpreter (seen in 3.7.1) keeps bfloat16 as bare 16-bit integers: it rounds float32 towards zero, not to
 nearest even, and multiplies the integers in ``tl.dot``. Both are mended here, so a kernel run without a GPU shows the
 error it would have on one. Compiled code holds none of it: the flag is a compile-time constant.
 """

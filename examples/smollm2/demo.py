@@ -2,12 +2,12 @@
 
 Fetches SmolLM2-135M and six domains of text, prepares them, prunes under learned masks with dynamic batch loading,
 extracts the dense model, continues its pre-training, exports it, and opens the result with transformers. Every step is
-a command that is printed before it runs, so that you can run it alone. Overrides go to both trainings; PROCESSES (2)
-is the number of ranks that torchrun starts.
+a command that is printed before it runs, so that you can run it alone. Overrides go to both trainings.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +30,7 @@ def main() -> None:
     for stale in ("prune", "sheared", "continue", "final"):  # a demo starts anew; downloads and data are kept
         shutil.rmtree(RUNS / stale, ignore_errors=True)
 
+    threads = max(1, (os.cpu_count() or 1) // arguments.processes)
     torchrun = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *(f"--nproc-per-node={arguments.processes}", "-m", "shear_tron", "train"),
@@ -38,17 +39,18 @@ def main() -> None:
     step("1/7 fetch a real model", [sys.executable, str(HERE / "fetch_model.py"), str(RUNS / "model")])
     step("2/7 fetch real text", [sys.executable, str(HERE / "fetch_text.py"), str(RUNS / "text")])
     step("3/7 prepare domains", [*shear_tron, "prepare", str(HERE / "prepare.yaml")])
-    step("4/7 prune", [*torchrun, str(HERE / "prune.yaml"), *arguments.overrides])
+    step("4/7 prune", [*torchrun, str(HERE / "prune.yaml"), *arguments.overrides], threads)
     step("5/7 extract", [*shear_tron, "extract", str(RUNS / "prune"), str(RUNS / "sheared")])
-    step("6/7 continue pre-training", [*torchrun, str(HERE / "continue.yaml"), *arguments.overrides])
+    step("6/7 continue pre-training", [*torchrun, str(HERE / "continue.yaml"), *arguments.overrides], threads)
     step("7/7 export", [*shear_tron, "export", str(RUNS / "continue"), str(RUNS / "final")])
     report(time.perf_counter() - began)
 
 
-def step(title: str, command: list[str]) -> None:
+def step(title: str, command: list[str], threads: int = os.cpu_count() or 1) -> None:
     shown = " ".join("python" if part == sys.executable else part for part in command)
     print(f"\n\033[1m{title}\033[0m\n$ {shown}", flush=True)
-    done = subprocess.run(command, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, check=False, env=environment)
     if done.returncode:
         sys.exit(f"{title} failed with exit status {done.returncode}")
 

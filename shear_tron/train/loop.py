@@ -107,6 +107,7 @@ class Trainer:
         """One step: forward and backward of every microbatch, then weights and masks move. Returns its log line."""
         start, train, dp_rank = time.perf_counter(), self.config.train, self.topology.dp_rank
         windows, domains = batches.next()
+        waited = time.perf_counter() - start
         windows = windows.to(self.topology.device, non_blocking=True)
         tokens, labels = windows[:, :-1], windows[:, 1:]
         sampled, gated = None, None
@@ -140,6 +141,7 @@ class Trainer:
             "learning_rate": train.learning_rate * factor,
             **report,
             "seconds": seconds,
+            "data_seconds": waited,  # of them, waiting for the batch
             "tokens_per_second": train.batch * self.config.data.sequence / seconds,
         }
 

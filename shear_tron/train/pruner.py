@@ -65,7 +65,8 @@ class Pruner:
                 if leaf.grad is not None:
                     ends.append(mask)
                     grads.append(leaf.grad.to(mask.device))
-        torch.autograd.backward(ends, grads)
+        if ends:  # a rank may hold only layers that were left out
+            torch.autograd.backward(ends, grads)
         sync.sum_parts_mean_data([p.grad for p in self.gates.logits.values() if p.grad is not None], self.topology)
         penalty, report = self.constraint.penalty(self.gates, step)
         penalty.backward()  # type: ignore[no-untyped-call]

@@ -166,6 +166,13 @@ def stop_after(config: str, steps: int, overrides: list[str]) -> None:
         Trainer._update = update  # type: ignore[method-assign]
 
 
+def test_compact_training_is_masked_training(pruned: Path, world: Path, tmp_path: Path) -> None:
+    train(world / "prune.yaml", f"run={tmp_path}/run", "prune.compact=false")
+    for compact, masked in zip(metrics.read(pruned), metrics.read(tmp_path / "run"), strict=True):
+        assert masked["loss"] == pytest.approx(compact["loss"], abs=2e-4)
+        assert masked["expected_sparsity"] == pytest.approx(compact["expected_sparsity"], abs=1e-4)
+
+
 def test_document_masking_changes_what_a_window_is(pruned: Path, world: Path, tmp_path: Path) -> None:
     train(world / "prune.yaml", f"run={tmp_path}/run", "data.document_masking=true", "train.steps=7")
     packed, masked = metrics.read(pruned)[0], metrics.read(tmp_path / "run")[0]

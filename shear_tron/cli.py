@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         function = globals()[arguments.verb.replace("-", "_")]
         return int(function(arguments) or 0)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError) as error:
         from shear_tron.parallel.topology import is_main_process
 
         if is_main_process():
@@ -76,6 +76,9 @@ def train(arguments: argparse.Namespace) -> None:
     ranks = topology.start(planned.layout, device)
     try:
         losses = Trainer(planned, opened, ranks, compute).fit()
+    except ValueError as error:  # from here on any one rank may fail: each says so itself, with its traceback
+        raise RuntimeError(f"training failed: {error}") from error
+    else:
         if ranks.is_main:
             print(json.dumps({"run": config.run, "held_out": losses}))
     finally:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.huggingface import Weights, architecture_config, read_architecture
 from shear_tron.config import ConfigError, TrainConfig
 from shear_tron.data.manifest import Manifest
@@ -18,7 +19,7 @@ CONFIG = "config.yaml"
 
 # Keys in which a run may differ from the config saved in its folder when it goes on.
 MAY_CHANGE = (
-    "parallel", "train.steps", "train.device", "train.activation_checkpointing", "train.log_every",
+    "run", "parallel", "train.steps", "train.device", "train.activation_checkpointing", "train.log_every",
     "train.checkpoint_every", "train.keep_checkpoints", "prune.compact", "prune.multiple", "data.evaluate_every",
 )  # fmt: skip
 
@@ -84,6 +85,9 @@ def inputs(plan: Plan) -> Inputs:
     references = _references(config.data.reference_losses)
     if references is not None:
         Mixture(names, proportions, references, config.data.mixture)
+    checkpoint = sharded.latest(Path(config.run))
+    if checkpoint is not None:
+        sharded.progress(checkpoint)  # it is whole
     return Inputs(weights, manifest, names, proportions, references)
 
 

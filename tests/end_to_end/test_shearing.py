@@ -1,5 +1,6 @@
 """The main job on a tiny model: prune, extract, continue, export, open with transformers; on one rank and on many."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def test_interrupted_and_resumed_is_never_interrupted_to_the_bit(
         return update(self, batches)
 
     monkeypatch.setattr(Trainer, "_update", until)
-    assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/run"]) == 2
+    with pytest.raises(RuntimeError, match="the power went out"):
+        cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/run"])
     monkeypatch.undo()
     train(world / "prune.yaml", f"run={tmp_path}/run")
     never, resumed = final_state(pruned), final_state(tmp_path / "run")
@@ -159,9 +161,11 @@ def stop_after(config: str, steps: int, overrides: list[str]) -> None:
 
     Trainer._update = until  # type: ignore[method-assign]
     try:
-        on_ranks(config, overrides)
-    except AssertionError:
-        assert steps < 14
+        if steps < 14:
+            with pytest.raises(RuntimeError, match="training failed: the power went out"):
+                on_ranks(config, overrides)
+        else:
+            on_ranks(config, overrides)
     finally:
         Trainer._update = update  # type: ignore[method-assign]
 
@@ -178,3 +182,14 @@ def test_document_masking_changes_what_a_window_is(pruned: Path, world: Path, tm
     packed, masked = metrics.read(pruned)[0], metrics.read(tmp_path / "run")[0]
     assert masked["loss"] == pytest.approx(packed["loss"], abs=0.05)
     assert masked["loss"] != packed["loss"]
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(
+    pruned: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pruned, tmp_path / "run")
+    checkpoint = sharded.latest(tmp_path / "run")
+    assert checkpoint is not None
+    next(checkpoint.glob("*.safetensors")).unlink()
+    assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/run"]) == 2
+    assert "is missing; the checkpoint is damaged" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from shear_tron.masks import LayerMasks, Masks
 from shear_tron.model.loss import next_token_loss
 from shear_tron.model.rope import rope_table
 from shear_tron.model.split import Whole
-from shear_tron.params import BY_LEAF, LAYER_TABLE, Param, table
+from shear_tron.params import BY_LEAF, LAYER_TABLE, Param
 from shear_tron.pruning.select import Keep, select, spread, untouched
 from shear_tron.shape import Architecture, Rope
 
@@ -179,8 +179,7 @@ class Stage(nn.Module):
             x = layer(x, place, masks.layer(int(number), shape), keep, int(number))
         if not self.is_last:
             return spread(x, kept, shape.hidden)
-        row = next(row for row in table(shape.tied) if row.name == "norm")
-        weight = select(self.split.weight(self.norm, row), kept)
+        weight = select(self.split.weight(self.norm, BY_LEAF["norm"]), kept)
         normed = self.split.enter(shear_kernels.masked_rms_norm(x, weight, hidden, self.architecture.norm_eps))
         head = select(self._head(), None, kept)
         if labels is None:

@@ -193,10 +193,13 @@ class Trainer:
             log.say("reference losses measured from the source: " + _listed(references))
         if self.topology.is_main and references:
             (self.run / REFERENCES).write_text(json.dumps(references, indent=1) + "\n")
-        update = self.config.data.mixture
+        return self._mixture(references or {})
+
+    def _mixture(self, references: dict[str, float]) -> Mixture:
+        settings = self.config.data.mixture
         if not self.config.data.update_every:
-            update = update.model_copy(update={"update": "constant"})
-        return Mixture(self.inputs.names, self.inputs.proportions, references or {}, update)
+            settings = settings.model_copy(update={"update": "constant"})
+        return Mixture(self.inputs.names, self.inputs.proportions, references, settings)
 
     def _tell(self, log: Log, line: dict[str, Any]) -> None:
         if line["step"] % self.config.train.log_every == 0 or "held_out" in line:
@@ -237,10 +240,7 @@ class Trainer:
             self.pruner.begin_at(self.step)
         sharded.load(checkpoint, self._tensors())
         self.sampler.restore(progress["sampler"])
-        update = self.config.data.mixture
-        if not self.config.data.update_every:
-            update = update.model_copy(update={"update": "constant"})
-        self.mixture = Mixture(self.inputs.names, self.inputs.proportions, progress["references"], update)
+        self.mixture = self._mixture(progress["references"])
         self.mixture.restore(progress["mixture"])
         return self.step
 

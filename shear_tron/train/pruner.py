@@ -24,12 +24,20 @@ class Pruner:
     they gathered through the sampler, once, sums them over ranks and adds the Lagrangian's.
     """
 
-    def __init__(self, source: Shape, target: Shape, config: PruneConfig, seed: int, topology: Topology) -> None:
+    def __init__(
+        self,
+        source: Shape,
+        target: Shape,
+        config: PruneConfig,
+        seed: int,
+        topology: Topology,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.topology, self.source = topology, source
         self.compact = config.compact
         self.multiple = config.multiple or (64 if topology.device.type == "cuda" else 1)
-        self.gates = Gates(source, target, seed)
-        self.constraint = Constraint(source, target, config.warmup_steps)
+        self.gates = Gates(source, target, seed, dtype)
+        self.constraint = Constraint(source, target, config.warmup_steps, dtype)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.gates, self.constraint, config.learning_rate))
         self.rate = config.learning_rate
 

@@ -11,90 +11,23 @@ a line an evaluation (run, step, tokens, weights, excess loss by domain), and OU
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
+from small import SEQUENCE, run, trained_source, training, write
 
-EXAMPLES = Path(__file__).parents[1]
-SEQUENCE, BATCH = 128, 16
+from shear_tron.shape import Shape
+
+SOURCE = Shape(hidden=128, layers=4, heads=4, kv_heads=4, head_dim=32, ffn=344, vocab=2048, tied=True)
+BATCH = 16
 RUNS = {"constant": 0, "algorithm1": 25}  # steps between updates of the weights; 0: never
-
-
-def run(*command: str | Path) -> None:
-    subprocess.run([sys.executable, *map(str, command)], check=True)
-
-
-def tokenizer(folder: Path, text: Path) -> None:
-    """A byte-level BPE of 2,048 tokens over all domains."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    def documents() -> Any:
-        for file in sorted(text.glob("*.jsonl")):
-            for line in file.open():
-                yield json.loads(line)["text"]
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.train_from_iterator(documents(), trainers.BpeTrainer(vocab_size=2048, special_tokens=["<|endoftext|>"]))
-    made.save(str(folder / "tokenizer.json"))
-
-
-def source(folder: Path) -> None:
-    """A random LLaMA of 1.1 million parameters."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=344, max_position_embeddings=SEQUENCE, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def write(file: Path, values: dict[str, Any]) -> Path:
-    file.write_text(yaml.safe_dump(values))
-    return file
-
-
-def training(out: Path, name: str, model: Path, steps: int, rate: float, **data: Any) -> dict[str, Any]:
-    return {
-        "run": str(out / name),
-        "model": str(model),
-        "data": {"folder": str(out / "tokens"), "sequence": SEQUENCE, "evaluate_windows": 64, **data},
-        "train": {
-            "steps": steps,
-            "batch": BATCH,
-            "micro_batch": BATCH,
-            "learning_rate": rate,
-            "warmup_steps": steps // 20,
-        },
-    }
 
 
 def make(out: Path, steps: int) -> dict[str, float]:
     """Everything up to the two runs' logs. Returns the reference losses. What is made already is kept."""
-    text, random, trained, pruned = out / "text", out / "random", out / "source", out / "pruned"
-    run(EXAMPLES / "smollm2" / "fetch_text.py", text)
-    if not random.exists():
-        source(random)
-        tokenizer(random, text)
-    domains = {file.stem: {"path": str(file), "held_out": 0.1, "cut": 8000} for file in sorted(text.glob("*.jsonl"))}
-    settings = {
-        "output": str(out / "tokens"),
-        "tokenizer": str(random),
-        "domains": domains,
-        "separator": "<|endoftext|>",
-    }
-    run("-m", "shear_tron", "prepare", write(out / "prepare.yaml", settings))
-    if not trained.exists():
-        run("-m", "shear_tron", "train", write(out / "source.yaml", training(out, "train", random, 2 * steps, 2e-3)))
-        run("-m", "shear_tron", "export", out / "train", trained)
+    trained, pruned = trained_source(out, SOURCE, 2 * steps, BATCH), out / "pruned"
     if not pruned.exists():
-        values = training(out, "prune", trained, steps // 2, 3e-4)
+        values = training(out, "prune", trained, steps // 2, BATCH, 3e-4)
         target = {"hidden": 80, "layers": 3, "heads": 2, "kv_heads": 2, "ffn": 176}
         values["prune"] = {"target": target, "warmup_steps": steps // 4, "learning_rate": 1.0}
         run("-m", "shear_tron", "train", write(out / "prune.yaml", values))
@@ -102,7 +35,7 @@ def make(out: Path, steps: int) -> dict[str, float]:
     references = held_out(out / "train")[-1]["held_out"]
     for name, every in RUNS.items():
         data = {"reference_losses": references, "update_every": every, "evaluate_every": 25}
-        file = write(out / f"{name}.yaml", training(out, name, pruned, steps, 1e-3, **data))
+        file = write(out / f"{name}.yaml", training(out, name, pruned, steps, BATCH, 1e-3, **data))
         run("-m", "shear_tron", "train", file)
     return dict(references)
 

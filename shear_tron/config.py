@@ -52,6 +52,7 @@ class PruneConfig(Section):
     warmup_steps: PositiveInt  # the target sparsity grows linearly from 0 over these steps
     compact: bool = True  # leave closed units out of every step; exact (docs/compaction.md)
     multiple: PositiveInt | None = None  # kept counts are padded up to it; default 64 on CUDA, 1 on the CPU
+    balance: PositiveInt = 1  # blocks of heads and ffn columns that keep equal counts; parallel.tp or a multiple of it
 
 
 class DataConfig(Section):

@@ -51,8 +51,8 @@ class Constraint:
     def penalty(self, gates: Gates, step: int) -> tuple[Tensor, dict[str, float]]:
         """The Lagrangian of ``gates`` at ``step``, 0-d, differentiable in logits and multipliers, and what to log.
 
-        A kind that exists in every layer is measured in each and its penalty averaged, so that the square holds every
-        layer to the target. The report has ``expected_KIND_sparsity`` and ``target_KIND_sparsity`` by kind, and
+        A kind that exists in every layer is measured in each (and in each block of ``Gates``' balance) and its penalty
+        averaged, so that the square holds every one of them to the target. The report has ``expected_KIND_sparsity`` and ``target_KIND_sparsity`` by kind, and
         ``expected_sparsity`` and ``target_sparsity`` of the parameters in the layers' matrices.
         """
         expected = gates.expected()
@@ -60,7 +60,7 @@ class Constraint:
         total = torch.zeros(())
         report = {}
         for kind, probabilities in expected.items():
-            sparsity = 1 - probabilities.mean(-1)  # [] or [layers]
+            sparsity = 1 - gates.blocks(kind, probabilities).mean(-1)  # [blocks] or [layers, blocks]
             linear, quadratic = self.multipliers[kind]
             excess = sparsity - wanted[kind]
             total = total + (linear * excess + quadratic * excess.square()).mean()

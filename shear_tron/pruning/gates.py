@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn.functional import hardtanh
 
 from shear_tron.masks import KINDS, Masks, sizes
-from shear_tron.shape import Shape
+from shear_tron.shape import Shape, require_split
 
 STRETCH = (-0.1, 1.1)
 TEMPERATURE = 2 / 3
 LIMIT = log(100)  # logits stay within +-LIMIT: a gate is never more than 99.8 % or less than 4.7 % likely to be open
 SHARPNESS = 0.8  # decided values are sigmoid(logit * SHARPNESS / TEMPERATURE), as in the released code
+CUT_KINDS = frozenset({"groups", "ffn"})  # what tensor parallelism cuts
 EDGE = 1e-6  # uniform noise stays this far from 0 and 1
 WORD = 2**64
 
@@ -77,14 +78,23 @@ class Gates:
         source, target: shapes before and after; a kind has logits only where the target is smaller.
         seed: of the sampling noise, 0 <= seed < 2**64.
         dtype: of the logits and masks.
+        balance: the units of a layer that tensor parallelism cuts (key-value groups, ffn columns) lie in this many
+            equal blocks, each of which keeps its share of the target: no tensor-parallel rank is left with more work
+            than another, for any tp that divides it. ValueError where a size or the target's does not split.
 
     ``logits`` maps a kind of ``masks.KINDS`` to a parameter of the size ``masks.sizes(source)`` gives it. They are the
     same on every rank, and live on the CPU: the masks decide the sizes of tensors, and reading them must not make the
     host wait for a GPU.
     """
 
-    def __init__(self, source: Shape, target: Shape, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, source: Shape, target: Shape, seed: int = 0, dtype: torch.dtype = torch.float32, balance: int = 1
+    ) -> None:
         self.counts = pruned_kinds(source, target)
+        self.block_counts = {kind: balance if kind in CUT_KINDS else 1 for kind in self.counts}
+        for kind, parts in self.block_counts.items():
+            require_split(f"{kind} of the source", sizes(source)[kind][-1], "balance", parts)
+            require_split(f"{kind} of the target", self.counts[kind], "balance", parts)
         self.seed = seed
         self.logits = {
             # The released code draws N(5, 0.01) and clamps it before its first use, so that all start at LIMIT.
@@ -120,17 +130,25 @@ class Gates:
         """
         masks = {}
         for kind, logits in self.logits.items():
-            masks[kind] = _keep(logits.detach(), [self.counts[kind]] * logits[..., 0].numel())
+            blocks = self.blocks(kind, logits.detach())
+            each = self.counts[kind] // self.block_counts[kind]
+            masks[kind] = _keep(blocks, [each] * blocks[..., 0].numel()).reshape(logits.shape)
         return Masks(**masks)
 
     def decide_expected(self) -> Masks:
-        """Like ``decide``, but keeps in each layer as many units as are open on average now: the model as it stands."""
+        """Like ``decide``, but keeps in each block as many units as are open on average now: the model as it stands."""
         masks = {}
         for kind, probabilities in self.expected().items():
-            total = probabilities.shape[-1]
-            closed = total - probabilities.detach().sum(-1).reshape(-1)
-            masks[kind] = _keep(self.logits[kind].detach(), [total - round(zeros) for zeros in closed.tolist()])
+            chances, logits = self.blocks(kind, probabilities.detach()), self.logits[kind].detach()
+            total = chances.shape[-1]
+            closed = total - chances.sum(-1).reshape(-1)
+            counts = [total - round(zeros) for zeros in closed.tolist()]
+            masks[kind] = _keep(self.blocks(kind, logits), counts).reshape(logits.shape)
         return Masks(**masks)
+
+    def blocks(self, kind: str, values: Tensor) -> Tensor:
+        """Values of the units of ``kind``, [..., units], as [..., blocks, units of a block]; see ``balance``."""
+        return values.unflatten(-1, (self.block_counts[kind], -1))
 
     @torch.no_grad()
     def clamp_(self) -> None:

@@ -23,7 +23,8 @@ def extract(run: Path, output: str, step: int | None, dtype: str) -> str:
     if config.prune is None:
         raise ValueError(f"{run} is a training run without masks; use `shear-tron export {run} {output}`")
     source = huggingface.read_architecture(config.model)
-    gates = Gates(source.shape, config.prune.target.shape(source.shape))
+    target = config.prune.target.shape(source.shape)
+    gates = Gates(source.shape, target, balance=config.prune.balance)
     gates.load_state_dict({kind: checkpoint.read(f"gates.{kind}") for kind in gates.logits})
     shape, tensors = select.extract(checkpoint.read, gates.decide(), source.shape)
     huggingface.write(

@@ -12,7 +12,7 @@ from shear_tron.config import ConfigError, TrainConfig
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.mixture import Mixture
 from shear_tron.parallel.topology import Layout, choose_device
-from shear_tron.pruning.gates import pruned_kinds
+from shear_tron.pruning.gates import Gates
 from shear_tron.shape import Architecture, Shape
 
 CONFIG = "config.yaml"
@@ -56,7 +56,7 @@ def plan(config: TrainConfig, world: int) -> Plan:
     target = None
     if config.prune is not None:
         target = config.prune.target.shape(architecture.shape)
-        pruned_kinds(architecture.shape, target)  # something is smaller
+        Gates(architecture.shape, target, config.train.seed, balance=config.prune.balance)  # can be made
         architecture_config(replace(architecture, shape=target), torch.float32)  # transformers will open the result
         if config.train.steps <= config.prune.warmup_steps:
             raise ConfigError(

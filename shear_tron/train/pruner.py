@@ -36,7 +36,7 @@ class Pruner:
         self.topology, self.source = topology, source
         self.compact = config.compact
         self.multiple = config.multiple or (64 if topology.device.type == "cuda" else 1)
-        self.gates = Gates(source, target, seed, dtype)
+        self.gates = Gates(source, target, seed, dtype, config.balance)
         self.constraint = Constraint(source, target, config.warmup_steps, dtype)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.gates, self.constraint, config.learning_rate))
         self.rate = config.learning_rate

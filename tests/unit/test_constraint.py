@@ -118,6 +118,19 @@ def test_every_layer_is_held_to_the_target_by_the_square() -> None:
             assert penalty == pytest.approx(mean_excess.item())
 
 
+def test_every_block_is_held_to_the_target_when_balanced() -> None:
+    source = Shape(hidden=8, layers=1, heads=2, kv_heads=2, head_dim=2, ffn=8, vocab=2)
+    target = Shape(hidden=8, layers=1, heads=2, kv_heads=2, head_dim=2, ffn=4, vocab=2)
+    penalties = []
+    for balance in (1, 2):
+        gates, constraint = Gates(source, target, balance=balance), Constraint(source, target, 0)
+        gates.logits["ffn"].data[0, :4] = -100.0  # half of the columns, all of them the first tensor-parallel rank's
+        constraint.load_state_dict({"ffn": torch.tensor([0.0, 1.0])})
+        penalties.append(constraint.penalty(gates, 0)[0].item())
+    assert penalties[0] < 0.01
+    assert penalties[1] > 0.2
+
+
 @pytest.mark.parametrize(("source", "target"), [(GROUPED, GROUPED_TARGET), (MULTI_HEAD, MULTI_HEAD_TARGET)])
 def test_total_sparsity_counts_the_parameters_of_the_layers_matrices(source: Shape, target: Shape) -> None:
     matrices = {row.name for row in LAYER_TABLE if len(row.dims) == 2}

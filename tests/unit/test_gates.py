@@ -86,6 +86,28 @@ def test_decided_masks_have_the_targets_counts_in_every_layer(seed: int, levels:
         torch.testing.assert_close(mask[open_units], torch.sigmoid(logits[open_units].detach() * 0.8 / TEMPERATURE))
 
 
+@pytest.mark.parametrize("balance", [1, 2, 4])
+def test_balanced_masks_keep_as_many_units_in_every_block(balance: int) -> None:
+    source = Shape(hidden=8, layers=3, heads=16, kv_heads=8, head_dim=2, ffn=24, vocab=2)
+    target = Shape(hidden=4, layers=2, heads=4, kv_heads=4, head_dim=2, ffn=12, vocab=2)
+    gates = Gates(source, target, balance=balance)
+    random_logits(gates, 3, 50)
+    for kind, kept in (("groups", 4), ("ffn", 12)):
+        decided = gates.blocks(kind, getattr(gates.decide(), kind) != 0).sum(-1)
+        assert decided.shape == (3, balance)
+        assert decided.unique().tolist() == [kept // balance]
+        expected = gates.blocks(kind, getattr(gates.expected(), kind)).sum(-1)
+        now = gates.blocks(kind, getattr(gates.decide_expected(), kind) != 0).sum(-1)
+        assert ((now - expected).abs() <= 0.5 + 1e-5).all()
+
+
+def test_balance_that_does_not_split_is_named() -> None:
+    source = Shape(hidden=8, layers=3, heads=8, kv_heads=8, head_dim=2, ffn=24, vocab=2)
+    target = Shape(hidden=4, layers=2, heads=6, kv_heads=6, head_dim=2, ffn=12, vocab=2)
+    with pytest.raises(ValueError, match=r"groups of the target=6 does not split over balance=4; use balance of 1, 2"):
+        Gates(source, target, balance=4)
+
+
 def test_among_ties_the_first_units_are_kept() -> None:
     mask = Gates(GROUPED, GROUPED_TARGET).decide().hidden
     assert mask is not None

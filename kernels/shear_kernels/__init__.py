@@ -17,9 +17,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from torch import Tensor, cuda, float64
+from torch import Tensor, cuda, dtype, float64, int64
 
-from shear_kernels import dense_attention, reference
+from shear_kernels import dense_attention, gather_blocks, reference
 from shear_kernels.cross_entropy import vocab_cross_entropy
 from shear_kernels.dense_attention import AttentionBackend
 from shear_kernels.reference import gated_residual
@@ -115,6 +115,33 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: Backend | None
     return q_out, k_out
 
 
+def select(
+    weight: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None = None,
+    dtype: dtype | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """``weight[rows][:, columns]`` in ``dtype`` (default: the weight's). weight: [n] or [n, m]; rows, columns: [kept]
+    int64 indices on its device, none twice, in any order (sorted reads fastest). None keeps an axis whole, and on both
+    axes is the weight itself, at no cost.
+
+    The gradient of the weight is in its dtype, and zero but for the kept entries. Where no kernel serves, plain PyTorch
+    runs in blocks of a cache's size (``gather_blocks``), to the same bits."""
+    for name, kept in (("rows", rows), ("columns", columns)):
+        if kept is not None and (kept.dtype != int64 or kept.dim() != 1):
+            raise ValueError(f"{name} is {kept.dtype} of size {list(kept.shape)}; use int64 indices [kept]")
+    if weight.dim() not in (1, 2) or (weight.dim() == 1 and columns is not None):
+        raise ValueError(f"weight of size {list(weight.shape)} has no such axes; use [n], or [n, m] with columns")
+    if rows is None and columns is None:
+        return weight if dtype is None else weight.to(dtype)
+    module = _kernels(weight, backend, "gather")
+    if module is reference and backend != "reference":
+        module = gather_blocks
+    out: Tensor = module.select(weight, rows, columns, dtype)
+    return out
+
+
 __all__ = [
     "add_rms_norm",
     "gated_residual",
@@ -122,5 +149,6 @@ __all__ = [
     "masked_rms_norm",
     "masked_swiglu",
     "rope",
+    "select",
     "vocab_cross_entropy",
 ]

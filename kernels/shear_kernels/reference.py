@@ -123,3 +123,16 @@ def vocab_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """
     logits = _wide(x) @ _wide(weight).t()
     return F.cross_entropy(logits, labels.where(labels >= 0, -100), reduction="none", ignore_index=-100)
+
+
+def select(
+    weight: Tensor, rows: Tensor | None, columns: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The kept rows and columns of a weight: ``weight[rows][:, columns]`` in ``dtype`` (the weight's by default).
+
+    weight: [n] or [n, m]; rows, columns: int64 indices without repetition, None for all. The gradient of the weight is
+    zero but for the kept entries.
+    """
+    part = weight if rows is None else weight[rows]
+    part = part if columns is None else part[:, columns]
+    return part if dtype is None else part.to(dtype)

@@ -23,7 +23,7 @@ from shear_tron.model.loss import next_token_loss
 from shear_tron.model.rope import rope_table
 from shear_tron.model.split import Whole
 from shear_tron.params import BY_LEAF, LAYER_TABLE, Param
-from shear_tron.pruning.select import Keep, select, spread, untouched
+from shear_tron.pruning.select import Keep, spread, untouched
 from shear_tron.shape import Architecture, Rope
 
 
@@ -88,7 +88,7 @@ class Layer(nn.Module):
         if keep is not None:
             if index not in keep.layers:
                 return untouched(x, list(w.values()))
-            w = {row.leaf: select(w[row.leaf], *keep.indices(row, index)) for row in LAYER_TABLE}
+            w = {row.leaf: shear_kernels.select(w[row.leaf], *keep.indices(row, index)) for row in LAYER_TABLE}
             masks = keep.layer_masks(masks, index)
         hidden, layer = split.shared(masks.hidden), split.shared(masks.layer)
 
@@ -170,8 +170,8 @@ class Stage(nn.Module):
             time = x.shape[1]
             x = self._embedding(x.flatten())
         assert time is not None
-        x = select(x, None, kept)
-        hidden = None if masks.hidden is None else self.split.shared(select(masks.hidden, kept))
+        x = shear_kernels.select(x, None, kept)
+        hidden = None if masks.hidden is None else self.split.shared(shear_kernels.select(masks.hidden, kept))
         if self.is_first and hidden is not None:
             x = (x * hidden).to(x.dtype)
         place = Place.of(self.architecture.rope, shape.head_dim, time, documents, x)
@@ -179,9 +179,9 @@ class Stage(nn.Module):
             x = layer(x, place, masks.layer(int(number), shape), keep, int(number))
         if not self.is_last:
             return spread(x, kept, shape.hidden)
-        weight = select(self.split.weight(self.norm, BY_LEAF["norm"]), kept)
+        weight = shear_kernels.select(self.split.weight(self.norm, BY_LEAF["norm"]), kept)
         normed = self.split.enter(shear_kernels.masked_rms_norm(x, weight, hidden, self.architecture.norm_eps))
-        head = select(self._head(), None, kept)
+        head = shear_kernels.select(self._head(), None, kept)
         if labels is None:
             return F.linear(normed, head).view(-1, time, head.shape[0])
         return next_token_loss(normed, head, labels, self.split)

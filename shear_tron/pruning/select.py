@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import shear_kernels
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -16,21 +17,6 @@ from torch.autograd.function import once_differentiable
 from shear_tron.masks import LayerMasks, Masks, sizes
 from shear_tron.params import Dim, Param, named
 from shear_tron.shape import Shape
-
-# A gather over both axes goes through the kept rows whole; this many entries at a time stay in the cache (4 MB in
-# float32). At 4096 x 4096, half of each kept, on 2 cores: 3 ms against 14 ms at one go.
-_BLOCK = 2**20
-
-
-def select(weight: Tensor, rows: Tensor | None, columns: Tensor | None = None) -> Tensor:
-    """``weight[rows][:, columns]`` as one differentiable gather; None keeps an axis whole, at no cost.
-
-    weight: [n] or [n, m]; rows, columns: int64 indices on the weight's device, without repetition (sorted reads
-    fastest). The gradient of the weight is zero but for the kept entries, the only ones its backward computes.
-    """
-    if rows is None and columns is None:
-        return weight
-    return cast(Tensor, _Select.apply(weight, rows, columns))  # type: ignore[no-untyped-call]
 
 
 def spread(x: Tensor, columns: Tensor | None, width: int) -> Tensor:
@@ -56,46 +42,6 @@ class _Untouched(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return grad, *(torch.zeros_like(weight) for weight in ctx.saved_tensors)
-
-
-class _Select(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, columns)
-        ctx.size = weight.shape
-        if columns is None:
-            assert rows is not None
-            return weight.index_select(0, rows)
-        if rows is None:
-            return weight.gather(1, columns.expand(weight.shape[0], -1))
-        if weight.is_cuda:
-            return weight[rows[:, None], columns]
-        out = weight.new_empty(len(rows), len(columns))
-        for part, piece in zip(_blocks(rows, weight), _blocks(out, weight), strict=True):
-            torch.gather(weight.index_select(0, part), 1, columns.expand(len(part), -1), out=piece)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, columns = ctx.saved_tensors
-        out = grad.new_zeros(ctx.size)
-        if columns is None:
-            out.index_copy_(0, rows, grad)
-        elif rows is None:
-            out.scatter_(1, columns.expand(ctx.size[0], -1), grad)
-        elif grad.is_cuda:
-            out[rows[:, None], columns] = grad
-        else:
-            for part, piece in zip(_blocks(rows, out), _blocks(grad, out), strict=True):
-                wide = out.new_zeros(len(part), ctx.size[1]).scatter_(1, columns.expand(len(part), -1), piece)
-                out.index_copy_(0, part, wide)
-        return out, None, None
-
-
-def _blocks(kept: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """``kept`` cut into runs of as many rows as ``weight`` has in a block."""
-    return torch.split(kept, max(1, _BLOCK // max(1, weight.shape[1])))
 
 
 @dataclass(frozen=True)
@@ -151,7 +97,7 @@ class Keep:
         """The masks of the kept units of a kept layer: what the layer's selected weights are run with."""
 
         def part(mask: Tensor | None, kept: Tensor | None) -> Tensor | None:
-            return None if mask is None else select(mask, kept)
+            return None if mask is None else shear_kernels.select(mask, kept)
 
         kept = self.layers[layer]
         return LayerMasks(
@@ -261,13 +207,16 @@ def _dense(
         rows, columns = (
             None if kept is None else kept.to(weight.device) for kept in keep.indices(parameter.row, layer)
         )
-        yield parameter.name, _fold(select(weight, rows, columns), parameter.row, masks, layer, keep, source)
+        yield (
+            parameter.name,
+            _fold(shear_kernels.select(weight, rows, columns), parameter.row, masks, layer, keep, source),
+        )
 
 
 def _fold(weight: Tensor, row: Param, masks: Masks, layer: int | None, keep: Keep, source: Shape) -> Tensor:
     """A selected weight times the values of the masks it is scaled by, in at least float32 until the last."""
     if layer is None:
-        kept = LayerMasks(None if masks.hidden is None else select(masks.hidden, keep.hidden))
+        kept = LayerMasks(None if masks.hidden is None else shear_kernels.select(masks.hidden, keep.hidden))
     else:
         kept = keep.layer_masks(masks.layer(layer, source), layer)
     values = {Dim.HIDDEN: kept.hidden, Dim.HEADS: kept.heads, Dim.FFN: kept.ffn, Dim.LAYERS: kept.layer}

@@ -1,18 +1,15 @@
-"""The cut: gathers against plain indexing, and a compact step against a masked one."""
+"""The cut: which units it keeps, and a compact step against a masked one."""
 
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from shear_tron.masks import Masks, sizes
 from shear_tron.model.llama import Stage
 from shear_tron.params import Dim, named
-from shear_tron.pruning import select as module
-from shear_tron.pruning.select import Keep, select
+from shear_tron.pruning.select import Keep
 from shear_tron.shape import Architecture, Shape
 
 SHAPES = {
@@ -44,62 +41,6 @@ def model_of(shape: Shape, seed: int = 0) -> Stage:
 
 def tokens_of(shape: Shape) -> Tensor:
     return torch.randint(0, shape.vocab, (2, 11), generator=torch.Generator().manual_seed(5))
-
-
-# --- select
-
-
-@st.composite
-def cuts(draw: st.DrawFn) -> tuple[int, int, list[int] | None, list[int] | None]:
-    rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 40))
-
-    def kept(size: int) -> list[int] | None:
-        return draw(st.none() | st.sets(st.integers(0, size - 1)).map(sorted))
-
-    return rows, columns, kept(rows), kept(columns)
-
-
-@pytest.mark.parametrize("block", [1, 64, 2**20])
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(cut=cuts())
-def test_select_is_plain_indexing(block: int, cut: tuple[int, int, list[int] | None, list[int] | None]) -> None:
-    n, m, row_list, column_list = cut
-    rows, columns = (
-        None if kept is None else torch.tensor(kept, dtype=torch.int64) for kept in (row_list, column_list)
-    )
-    weight = torch.randn(n, m, requires_grad=True)
-    plain = weight[slice(None) if rows is None else rows][:, slice(None) if columns is None else columns]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_BLOCK", block)
-        ours = select(weight, rows, columns)
-        assert torch.equal(ours, plain)
-        grad = torch.randn_like(plain)
-        assert torch.equal(torch.autograd.grad(ours, weight, grad)[0], torch.autograd.grad(plain, weight, grad)[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_select_keeps_the_dtype_and_vectors_work(dtype: torch.dtype) -> None:
-    vector = torch.randn(9).to(dtype).requires_grad_()
-    kept = torch.tensor([0, 4, 8])
-    part = select(vector, kept)
-    assert torch.equal(part, vector[kept])
-    part.sum().backward()
-    assert torch.equal(vector.grad, torch.zeros(9, dtype=dtype).index_fill(0, kept, 1))
-    assert select(vector, None) is vector  # nothing pruned costs nothing
-
-
-@pytest.mark.parametrize("axes", ["rows", "columns", "both"])
-def test_select_gradcheck(axes: str) -> None:
-    weight = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-    rows = None if axes == "columns" else torch.tensor([1, 2, 6])
-    columns = None if axes == "rows" else torch.tensor([0, 4])
-    assert torch.autograd.gradcheck(lambda w: select(w, rows, columns), weight)
-
-
-def test_a_view_is_selected_like_any_weight() -> None:
-    weight = torch.randn(6, 8).t()
-    rows, columns = torch.tensor([0, 3, 7]), torch.tensor([2, 5])
-    assert torch.equal(select(weight, rows, columns), weight[rows][:, columns])
 
 
 # --- Keep

@@ -167,6 +167,43 @@ def rotary(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
     return Problem("rope", m.name, sequence, closed, inputs, rivals["unfused"], rivals, work)
 
 
+def _select(op: str, rows: int, columns: int, m: ModelShape, sequence: int, closed: float) -> Problem:
+    """The cut of a float32 weight to bfloat16, as many of both axes closed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kept_rows, kept_columns = (gates(size, closed, device).nonzero().flatten() for size in (rows, columns))
+
+    def inputs(device: str, dtype: torch.dtype) -> Tensors:
+        return {"weight": _normal(rows, columns, device=device, dtype=torch.float32)}
+
+    def advanced_indexing(weight: Tensor) -> Tensor:
+        return weight[kept_rows[:, None], kept_columns].to(torch.bfloat16)
+
+    def twice(weight: Tensor) -> Tensor:
+        return weight.index_select(0, kept_rows).index_select(1, kept_columns).to(torch.bfloat16)
+
+    def definition(weight: Tensor) -> Tensor:
+        return reference.select(weight, kept_rows, kept_columns, torch.bfloat16)
+
+    rivals: dict[str, Rival] = {
+        "kernel": lambda weight: shear_kernels.select(
+            weight, kept_rows, kept_columns, torch.bfloat16, backend="triton"
+        ),
+        "advanced indexing": advanced_indexing,
+        "index_select twice": twice,
+        "torch.compile": torch.compile(advanced_indexing),
+    }
+    work = roofline.select(rows, columns, len(kept_rows), len(kept_columns))
+    return Problem(op, m.name, sequence, closed, inputs, definition, rivals, work)
+
+
+def select_query(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
+    return _select("select_query", m.heads * m.head_dim, m.hidden, m, sequence, closed)
+
+
+def select_down(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
+    return _select("select_down", m.hidden, m.ffn, m, sequence, closed)
+
+
 Make = Callable[[ModelShape, int, float, int], Problem]
 GRID: tuple[tuple[Make, tuple[int, ...], tuple[float, ...]], ...] = (
     (attention, (4096, 8192), (0.0, 0.25, 0.5, 0.75)),
@@ -174,6 +211,8 @@ GRID: tuple[tuple[Make, tuple[int, ...], tuple[float, ...]], ...] = (
     (norm, (4096,), (0.0, 0.25, 0.5, 0.75)),
     (add_norm, (4096,), (0.0, 0.25, 0.5, 0.75)),
     (rotary, (4096,), (0.0,)),
+    (select_query, (4096,), (0.5,)),
+    (select_down, (4096,), (0.5,)),
 )
 """Maker, sequences, closed shares. Only attention depends on the sequence length; only gated ops on what is closed."""
 

@@ -4,7 +4,7 @@
 Each kernel, in every block configuration that the ops can choose, goes through Triton and the ``ptxas`` in its wheel to
 a cubin for sm_80, sm_90 and sm_100, with no GPU and no CUDA toolkit. The table gives registers a thread, local-memory
 instructions (spills), shared memory, and from the disassembly which matrix instruction and how many 16-byte loads
-there are. ``--check FILE`` fails on a spill, on too much shared memory, or when FILE is out of date.
+and stores there are. ``--check FILE`` fails on a spill, on too much shared memory, or when FILE is out of date.
 """
 
 import argparse
@@ -35,6 +35,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")
 LOCAL = re.compile(r"\b(STL|LDL)\b")
 WIDE_LOAD = re.compile(r"\b(LDG|LDGSTS)\.[\w.]*128\b")
+WIDE_STORE = re.compile(r"\bSTG\.[\w.]*128\b")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Row:
     shared_bytes: int
     matrix: str  # matrix instructions in the code, "-" for none
     wide_loads: int  # 16-byte loads from global memory, in the code
+    wide_stores: int
     source: str  # hash of the kernel's source and configuration
     triton: str
 
@@ -96,6 +98,7 @@ def compile_case(case: Case, arch: int) -> Row:
         shared_bytes=compiled.metadata.shared,
         matrix="+".join(sorted(set(MATRIX.findall(sass)))) or "-",
         wide_loads=len(WIDE_LOAD.findall(sass)),
+        wide_stores=len(WIDE_STORE.findall(sass)),
         source=source_hash(case),
         triton=triton.__version__,
     )

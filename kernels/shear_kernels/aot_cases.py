@@ -9,7 +9,7 @@ from typing import Any
 
 import triton
 
-from shear_kernels import attention, attention_backward, attention_forward, norm, rotary, swiglu
+from shear_kernels import attention, attention_backward, attention_forward, gather, norm, rotary, swiglu
 
 FLOATS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 WIDE_POINTERS = {"mask", "gate", "layer", "weight", "cos", "sin", "inverse_rms", "log_sum", "delta"}
@@ -157,6 +157,25 @@ def _delta(dtype: str, head_dim: int) -> Case:
     return _case(attention_backward.attention_delta, f"dim={head_dim} gated", dtype, constants, set(), 4)
 
 
+def _select(axes: str, weight: str, part: str) -> list[Case]:
+    """Contiguous weights. axes: "rows", "columns" or "rows, columns"."""
+    name = f"{axes} {weight} to"
+    absent = set() if "rows" in axes else {"rows", "row_position"}
+    absent |= set() if "columns" in axes else {"columns", "column_position"}
+    gathered = {"weight": FLOATS[weight], "out": FLOATS[part], "rows": "*i64", "columns": "*i64"}
+    scattered = {"dout": FLOATS[part], "dweight": FLOATS[weight], "row_position": "*i32", "column_position": "*i32"}
+    found = []
+    for function, pointers in ((gather.select_gather, gathered), (gather.select_scatter, scattered)):
+        none = absent & pointers.keys()
+        constants = {"column_stride": 1, "ROWS": gather.ROWS, "COLUMNS": gather.COLUMNS} | dict.fromkeys(sorted(none))
+        types = {x: "constexpr" if x in constants else pointers.get(x, "i32") for x in function.arg_names}
+        modules = ("shear_kernels.precision", "shear_kernels.gather")
+        found.append(
+            Case(function.__name__, f"{name} {part}", function, modules, types, constants, gather.WARPS, stages=3)
+        )
+    return found
+
+
 def cases(arch: int) -> list[Case]:
     """Every block configuration that can be chosen on ``arch``, with the flags of a pruning step: masks, layer gate,
     causal. fp16 chooses as bf16 does; without mask or gate a kernel holds less."""
@@ -170,4 +189,8 @@ def cases(arch: int) -> list[Case]:
         found += _attention(arch, "bf16", head_dim)
     found += _attention(arch, "bf16", 128, documents=True)
     found += _attention(arch, "fp32", 64) + _attention(arch, "fp32", 128)
-    return [*found, _delta("bf16", 128)]
+    found.append(_delta("bf16", 128))
+    for weight, part in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")):
+        for axes in ("rows, columns", "rows", "columns"):
+            found += _select(axes, weight, part)
+    return found

@@ -7,8 +7,9 @@
 
 Bytes moved, fp32 to bf16, half of both axes of n * m kept: 2.5 n m forward (kept rows whole, since kept columns lie
 scattered and touch every sector of 32 bytes; then the output), 4.5 n m backward (the gradient once, then the weight's,
-zeros included: no fill before it). A load takes 32 neighbouring kept columns a warp, 4 or 2 bytes a thread; a store 16
-bytes a thread. Offsets are 64-bit.
+zeros included: no fill before it). Loads are made in the shape [rows, groups of 32, 32], so that the threads of a warp
+read neighbouring kept columns (with [rows, columns] Triton gives a thread 8 of them, a warp touches 16 lines at once);
+stores in the shape [rows, columns], 16 bytes a thread. Offsets are 64-bit.
 """
 
 from typing import Any
@@ -21,8 +22,8 @@ from torch import Tensor
 from shear_kernels import gather_blocks
 from shear_kernels.precision import narrow
 
-ROWS = 4
-COLUMNS = 1024
+ROWS = 4  # a block reads its indices once for 4 rows
+COLUMNS = 512  # with 4 warps 16 loads in flight a thread, and 40 registers: 12 blocks on a multiprocessor
 WARPS = 4
 
 
@@ -40,17 +41,17 @@ def select_gather(
 ):  # fmt: skip
     across = tl.cdiv(kept_columns, COLUMNS)
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    first = (tl.program_id(0) % across).to(tl.int64) * COLUMNS
+    column = first + tl.arange(0, COLUMNS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
     row_inside, column_inside = row < kept_rows, column < kept_columns
-    inside = row_inside[:, None] & column_inside[None, :]
     source_row, source_column = row, column
     if rows is not None:
         source_row = tl.load(rows + row, mask=row_inside, other=0)
     if columns is not None:
         source_column = tl.load(columns + column, mask=column_inside, other=0)
-    source = weight + source_row[:, None] * row_stride + source_column[None, :] * column_stride
-    x = tl.load(source, mask=inside, other=0.0)
-    tl.store(out + row[:, None] * kept_columns + column[None, :], _convert(x, out.dtype.element_ty), mask=inside)
+    source = weight + source_row[:, None, None] * row_stride + source_column[None, :, :] * column_stride
+    x = tl.load(source, mask=row_inside[:, None, None] & column_inside[None, :, :], other=0.0)
+    _store(out, row, first, kept_rows, kept_columns, _convert(x, out.dtype.element_ty), ROWS, COLUMNS)
 
 
 @triton.jit
@@ -61,19 +62,26 @@ def select_scatter(
 ):  # fmt: skip
     across = tl.cdiv(columns, COLUMNS)
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    row_inside, column_inside = row < rows, column < columns
-    source_row, source_column, row_kept, column_kept = row, column, row_inside, column_inside
+    first = (tl.program_id(0) % across).to(tl.int64) * COLUMNS
+    column = first + tl.arange(0, COLUMNS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    source_row, source_column, row_kept, column_kept = row, column, row < rows, column < columns
     if row_position is not None:
-        source_row = tl.load(row_position + row, mask=row_inside, other=-1).to(tl.int64)
+        source_row = tl.load(row_position + row, mask=row_kept, other=-1).to(tl.int64)
         row_kept = source_row >= 0
     if column_position is not None:
-        source_column = tl.load(column_position + column, mask=column_inside, other=-1).to(tl.int64)
+        source_column = tl.load(column_position + column, mask=column_kept, other=-1).to(tl.int64)
         column_kept = source_column >= 0
-    source = dout + source_row[:, None] * row_stride + source_column[None, :] * column_stride
-    x = tl.load(source, mask=row_kept[:, None] & column_kept[None, :], other=0.0)  # a row not kept is not read
-    inside = row_inside[:, None] & column_inside[None, :]
-    tl.store(dweight + row[:, None] * columns + column[None, :], _convert(x, dweight.dtype.element_ty), mask=inside)
+    source = dout + source_row[:, None, None] * row_stride + source_column[None, :, :] * column_stride
+    x = tl.load(source, mask=row_kept[:, None, None] & column_kept[None, :, :], other=0.0)  # kept rows alone are read
+    _store(dweight, row, first, rows, columns, _convert(x, dweight.dtype.element_ty), ROWS, COLUMNS)
+
+
+@triton.jit
+def _store(out, row, first, rows, columns, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``x`` [ROWS, COLUMNS / 32, 32] at ``row`` and from column ``first`` on of ``out`` [rows, columns]."""
+    column = first + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(out + row[:, None] * columns + column[None, :], tl.reshape(x, (ROWS, COLUMNS)), mask=inside)
 
 
 def _grid(rows: int, columns: int) -> tuple[int]:

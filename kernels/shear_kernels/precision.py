@@ -2,8 +2,8 @@
 """Where 16 and 32 bits meet inside a kernel: rounding and matrix products, the same on a GPU and in the interpreter.
 
 Triton's interpreter (seen in 3.7.1) keeps bfloat16 as bare 16-bit integers: it rounds float32 towards zero, not to
-nearest even, and multiplies the integers in ``tl.dot``. Both are mended here, so a kernel run without a GPU shows the
-error it would have on one. Compiled code holds none of it: the flag is a compile-time constant.
+nearest even, makes subnormals 0, and multiplies the integers in ``tl.dot``. All that is mended here, so a kernel run
+without a GPU shows the error it would have on one. Compiled code holds none of it: the flag is a compile-time constant.
 """
 
 import triton
@@ -17,8 +17,10 @@ def narrow(x, dtype: tl.constexpr):
     """float32 ``x`` rounded to nearest even in ``dtype``."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
+        y = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y
 
 
 @triton.jit

@@ -87,6 +87,19 @@ def rope(rows: int, heads: int, kv_heads: int, head_dim: int, element_bytes: int
     return work, work
 
 
+def select(
+    rows: int, columns: int, kept_rows: int, kept_columns: int, element_bytes: int = 2, master_bytes: int = 4
+) -> tuple[Work, Work]:
+    """(forward: read kept rows, write the part; backward: read the part's gradient, write the weight's, zeros too).
+
+    Of a kept row every byte is read where columns are scattered: a sector of 32 bytes holds a kept one almost surely.
+    ``master_bytes``: of an element of the weight; ``element_bytes``: of the part.
+    """
+    part = kept_rows * kept_columns * element_bytes
+    part += 8 * (kept_rows + kept_columns)  # and its indices
+    return Work(kept_rows * columns * master_bytes + part), Work(rows * columns * master_bytes + part)
+
+
 def vocab_cross_entropy(tokens: int, hidden: int, vocab: int, element_bytes: int = 2) -> tuple[Work, Work]:
     """(forward: one product; backward: two, and the forward's again, since logits are not kept)."""
     x, weight, product = tokens * hidden * element_bytes, vocab * hidden * element_bytes, 2.0 * tokens * hidden * vocab

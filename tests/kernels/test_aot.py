@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 )
 triton = pytest.importorskip("triton")
 TABLE = Path(__file__).parents[2] / "kernels" / "bench" / "aot.csv"
-SAMPLE = ("masked bf16", "dim=128 bf16", "hidden<=4096", "heads=32/8")
+SAMPLE = ("masked bf16", "dim=128 bf16", "hidden<=4096", "heads=32/8", "rows, columns fp32 to bf16")
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,14 @@ def test_no_spill_and_shared_memory_fits(committed: list) -> None:  # type: igno
 
 
 def test_matrix_instructions_and_wide_loads_are_there(committed: list) -> None:  # type: ignore[type-arg]
-    """16-bit attention runs on the matrix units of each architecture; every 16-bit kernel loads 16 bytes at once."""
+    """16-bit attention runs on the matrix units of each architecture; every kernel loads 16 bytes at once, and a cut
+    stores so whatever it gathers from."""
     unit = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
     for row in committed:
         if row.kernel.startswith("attention") and row.kernel != "attention_delta" and "bf16" in row.case:
             assert row.matrix == unit[row.arch], row
         assert row.wide_loads > 0, row
+        assert row.wide_stores > 0 or not row.kernel.startswith("select"), row
 
 
 def test_compiling_now_gives_the_committed_rows(committed: list) -> None:  # type: ignore[type-arg]

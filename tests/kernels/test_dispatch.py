@@ -63,7 +63,7 @@ def test_float64_is_exact_everywhere() -> None:
 def test_ops_have_the_definitions_signatures() -> None:
     import inspect
 
-    for name in ("masked_attention", "masked_swiglu", "masked_rms_norm", "add_rms_norm", "rope"):
+    for name in ("masked_attention", "masked_swiglu", "masked_rms_norm", "add_rms_norm", "rope", "select"):
         ours, theirs = (
             list(inspect.signature(getattr(m, name)).parameters.values()) for m in (shear_kernels, reference)
         )

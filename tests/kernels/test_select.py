@@ -1,0 +1,106 @@
+"""select where no kernel serves: blocks of a cache's size against plain indexing, and the call's contract."""
+
+import pytest
+import shear_kernels
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shear_kernels import gather_blocks, reference
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> tuple[int, int, list[int] | None, list[int] | None]:
+    rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+
+    def kept(size: int) -> list[int] | None:
+        return draw(st.none() | st.sets(st.integers(0, size - 1)).map(sorted))
+
+    cut = rows, columns, kept(rows), kept(columns)
+    return cut if cut[2] is not None or cut[3] is not None else (rows, columns, [0], None)
+
+
+DTYPES = [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize("block", [1, 64, 2**20])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cut=cuts(), dtypes=st.sampled_from(DTYPES))
+def test_blocks_are_plain_indexing(
+    block: int,
+    cut: tuple[int, int, list[int] | None, list[int] | None],
+    dtypes: tuple[torch.dtype, torch.dtype | None],
+) -> None:
+    n, m, *lists = cut
+    rows, columns = (None if kept is None else torch.tensor(kept, dtype=torch.int64) for kept in lists)
+    weight = torch.randn(n, m).to(dtypes[0]).requires_grad_()
+    plain = reference.select(weight, rows, columns, dtypes[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather_blocks, "BLOCK", block)
+        ours = gather_blocks.select(weight, rows, columns, dtypes[1])
+        assert ours.dtype == plain.dtype
+        assert torch.equal(ours, plain)
+        grad = torch.randn_like(plain)
+        found, expected = (torch.autograd.grad(out, weight, grad)[0] for out in (ours, plain))
+    assert found.dtype == weight.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_vectors_keep_their_dtype(dtype: torch.dtype) -> None:
+    vector = torch.randn(9).to(dtype).requires_grad_()
+    kept = torch.tensor([0, 4, 8])
+    part = shear_kernels.select(vector, kept)
+    assert torch.equal(part, vector[kept])
+    part.sum().backward()
+    assert torch.equal(vector.grad, torch.zeros(9, dtype=dtype).index_fill(0, kept, 1))
+
+
+def test_nothing_pruned_costs_nothing() -> None:
+    for weight in (torch.randn(9), torch.randn(3, 4)):
+        assert shear_kernels.select(weight, None) is weight
+        assert shear_kernels.select(weight, None, None, weight.dtype) is weight
+    weight = torch.randn(3, 4, requires_grad=True)
+    part = shear_kernels.select(weight, None, None, torch.bfloat16)
+    assert torch.equal(part, weight.bfloat16())
+    part.sum().backward()
+    assert torch.equal(weight.grad, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("axes", ["rows", "columns", "both"])
+def test_gradcheck(axes: str) -> None:
+    weight = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    rows = None if axes == "columns" else torch.tensor([1, 2, 6])
+    columns = None if axes == "rows" else torch.tensor([0, 4])
+    assert torch.autograd.gradcheck(lambda w: shear_kernels.select(w, rows, columns), weight)
+
+
+def test_a_view_is_selected_like_any_weight() -> None:
+    weight = torch.randn(6, 8).t()
+    rows, columns = torch.tensor([0, 3, 7]), torch.tensor([2, 5])
+    assert torch.equal(gather_blocks.select(weight, rows, columns), weight[rows][:, columns])
+
+
+def test_a_cpu_is_served_by_blocks_and_the_definition_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, rows = torch.randn(4, 3, dtype=torch.float64), torch.tensor([1])
+    calls = []
+    for module in (gather_blocks, reference):
+        monkeypatch.setattr(module, "select", lambda *_, name=module.__name__: calls.append(name))
+    shear_kernels.select(weight, rows)
+    shear_kernels.select(weight, rows, backend="reference")
+    assert calls == ["shear_kernels.gather_blocks", "shear_kernels.reference"]
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "columns", "message"),
+    [
+        ((4, 3), torch.tensor([True, False, True, True]), None, r"rows is torch.bool of size \[4\]; use int64"),
+        ((4, 3), None, torch.tensor([[0]]), r"columns is torch.int64 of size \[1, 1\]; use int64"),
+        ((4,), None, torch.tensor([0]), r"weight of size \[4\] has no such axes"),
+        ((4, 3, 2), torch.tensor([0]), None, r"weight of size \[4, 3, 2\] has no such axes"),
+    ],
+)
+def test_misfit_is_named(
+    size: tuple[int, ...], rows: torch.Tensor | None, columns: torch.Tensor | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        shear_kernels.select(torch.randn(size), rows, columns)

@@ -1,0 +1,176 @@
+"""Law: a pruning run that leaves closed units out of its steps ends where the run that only masks them ends.
+
+Twenty steps as ``Trainer`` makes them, but in float64, on one rank and on eight. All kinds of structure close, whole
+layers stay out of whole steps, and a padded run keeps some closed units on purpose. Losses, masks, weights, gates and
+multipliers are those of one rank that only masks, within 1e-10, whatever the layout.
+
+Rounding is amplified on the way, since what a step learns decides the next step's masks: differences of 1e-16 at first
+are up to 1e-12 in the gates at the end and 1e-14 in the weights. The chain of steps does this more than the epsilons of
+Adam, which are the product's own: a larger one for the masks does not help.
+"""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from ranks import run
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shear_tron.config import PruneConfig, TargetConfig
+from shear_tron.masks import KINDS
+from shear_tron.model.llama import Stage
+from shear_tron.parallel import sync
+from shear_tron.parallel.data import shard
+from shear_tron.parallel.pipeline import Microbatches, build_stages, on_all_stages
+from shear_tron.parallel.topology import Layout, Topology, start
+from shear_tron.shape import Architecture, Shape
+from shear_tron.train.pruner import Pruner
+
+SOURCE = Shape(hidden=24, layers=4, heads=8, kv_heads=4, head_dim=6, ffn=20, vocab=40, tied=True)
+TARGET = TargetConfig(hidden=8, layers=1, heads=2, kv_heads=2, ffn=4)
+STEPS, BATCH, MICRO_BATCH, TIME = 20, 8, 2, 6
+RATE, CLIP = 1e-3, 1.0
+
+RUNS: dict[str, dict[str, Any]] = {
+    "masked": {"compact": False},
+    "compact": {"compact": True, "multiple": 1},
+    "padded": {"compact": True, "multiple": 4},
+}
+LAYOUTS = {
+    "one": Layout(),
+    "all on 8": Layout(pp=2, shard=2, tp=2),
+    "replicas, interleaved": Layout(pp=2, replicate=2, tp=2, sequence=False, schedule="interleaved", stages_per_rank=2),
+    "deep pipeline": Layout(pp=4, tp=2),  # ranks in its middle hold one layer, and nothing once that is left out
+}
+CASES = [
+    ("one", "masked"),  # the reference
+    ("one", "compact"),
+    ("one", "padded"),
+    ("all on 8", "masked"),
+    ("all on 8", "compact"),
+    ("replicas, interleaved", "padded"),
+    ("deep pipeline", "compact"),
+]
+
+Result = dict[str, Tensor]
+
+
+class InMemory:
+    """The weights to start from, the same on every rank."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        model = Stage(Architecture(SOURCE)).double()
+        for name, parameter in model.named_parameters():
+            nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+        self.weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def read(self, name: str) -> Tensor:
+        return self.weights[name].clone()
+
+    def read_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        return self.weights[name].narrow(axis, start, stop - start).clone()
+
+
+def train(prune: PruneConfig, topology: Topology) -> Result:
+    """One run on this rank, each step as ``Trainer`` makes it: what it saw on the way, and all that it learned.
+
+    The way: ``losses`` [steps, sequences], ``masks.KIND`` [steps, microbatches, ...] and ``width`` [steps,
+    microbatches], the hidden columns a microbatch ran on; of this rank's share of the batch.
+    """
+    stages = build_stages(Architecture(SOURCE), topology, "none")
+    stages = [shard(stage, InMemory(), topology, torch.float64, torch.float64) for stage in stages]
+    share, dp_rank = BATCH // topology.layout.dp, topology.dp_rank
+    count = share // MICRO_BATCH
+    engine = Microbatches(stages, topology, count, MICRO_BATCH, TIME, torch.float64)
+    parameters = [parameter for stage in stages for parameter in stage.parameters()]
+    # Weight decay tells a gradient of zero, which decays the weight and the moments, from no gradient at all.
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    pruner = Pruner(SOURCE, TARGET.shape(SOURCE), prune, 0, topology, torch.float64)
+    way: list[Result] = []
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(3000 + step)
+        windows = torch.randint(SOURCE.vocab, (BATCH, TIME + 1), generator=generator).split(share)[dp_rank]
+        sampled, gated = pruner.sample(step, range(dp_rank * count, (dp_rank + 1) * count))
+        losses = engine.train(windows[:, :-1], windows[:, 1:], gated)
+        sync.sum_tied(stages, topology)
+        sync.clip(stages, CLIP, topology)
+        pruner.backward(step, sampled, gated)
+        pruner.step(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        widths = [
+            SOURCE.hidden if under.keep is None or under.keep.hidden is None else len(under.keep.hidden)
+            for under in gated
+        ]
+        seen = {f"masks.{kind}": torch.stack([getattr(masks, kind).detach() for masks in sampled]) for kind in KINDS}
+        seen["losses"] = on_all_stages(losses, torch.empty(share, dtype=torch.float64), topology)
+        way.append(seen | {"width": torch.tensor(widths)})
+    result = {name: torch.stack([seen[name] for seen in way]) for name in way[0]}
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            assert isinstance(parameter, DTensor)
+            result[name] = parameter.detach().full_tensor()
+    return result | pruner.tensors() | {"dp_rank": torch.tensor(dp_rank)}
+
+
+def train_all(layout: Layout, names: list[str]) -> dict[str, Result]:
+    topology = start(layout, torch.device("cpu"))
+    return {name: train(PruneConfig(target=TARGET, warmup_steps=1, **RUNS[name]), topology) for name in names}
+
+
+@cache
+def trained(layout: str) -> list[dict[str, Result]]:
+    """By rank, the runs that ``CASES`` names of a layout."""
+    return run(LAYOUTS[layout].world, train_all, LAYOUTS[layout], [name for place, name in CASES if place == layout])
+
+
+def reference() -> Result:
+    return trained("one")[0]["masked"]
+
+
+def of_rank(name: str, whole: Tensor, dp: int, dp_rank: int) -> Tensor:
+    """What a data-parallel rank knows of a value of the one rank: of the way, its own share of each step's batch."""
+    on_the_way = name in ("losses", "width") or name.startswith("masks.")
+    return whole.chunk(dp, dim=1)[dp_rank] if on_the_way else whole
+
+
+def test_the_run_prunes() -> None:
+    """Or the law would hold of nothing."""
+    masks = {kind: reference()[f"masks.{kind}"] for kind in KINDS}
+    assert all((mask[0] == 0).double().mean() < 0.05 for mask in masks.values())
+    assert all((mask[-1] == 0).double().mean() > 0.5 for mask in masks.values())
+    soft = [((mask > 0) & (mask < 1)).double().mean() for mask in masks.values()]
+    assert min(soft) > 0.05  # gates learn
+    out = (masks["layers"] == 0).all(1)  # [steps, layers], of all microbatches of a step
+    assert out.sum() > 10
+    assert out[:, 1:-1].any(0).any()  # a layer that a rank in the middle of the deep pipeline holds alone
+    assert (out[:-1] & ~out[1:]).any()  # and layers come back
+    moved = {name: (reference()[name] - weight).abs().max() for name, weight in InMemory().weights.items()}
+    assert min(moved.values()) > RATE
+
+
+@pytest.mark.parametrize(("layout", "name"), CASES[1:])
+def test_the_run_ends_where_one_masked_rank_ends(layout: str, name: str) -> None:
+    expected, dp, seen = reference(), LAYOUTS[layout].dp, set()
+    for result in (runs[name] for runs in trained(layout)):
+        for key in result.keys() - {"width", "dp_rank"}:
+            wanted = of_rank(key, expected[key], dp, int(result["dp_rank"]))
+            torch.testing.assert_close(
+                result[key], wanted, atol=1e-10, rtol=0, msg=lambda text, key=key: f"{key}: {text}"
+            )
+            seen.add(key)
+    assert seen == expected.keys() - {"width", "dp_rank"}
+
+
+@pytest.mark.parametrize(("layout", "name"), CASES)
+def test_the_run_leaves_out_what_it_should(layout: str, name: str) -> None:
+    """Hidden columns that each microbatch ran on: all if masked, the open ones if compact, up to a multiple of 4."""
+    opened = (reference()["masks.hidden"] != 0).sum(-1)
+    multiple = {"masked": SOURCE.hidden, "compact": 1, "padded": 4}[name]
+    whole = -(-opened // multiple) * multiple
+    assert (whole == opened).all() == (name == "compact")
+    for result in (runs[name] for runs in trained(layout)):
+        assert torch.equal(result["width"], of_rank("width", whole, LAYOUTS[layout].dp, int(result["dp_rank"])))

@@ -83,6 +83,7 @@ TABLE: tuple[Param, ...] = (
 
 BY_LEAF = {row.leaf: row for row in TABLE}
 LAYER_TABLE = tuple(row for row in TABLE if row.in_layer)
+MATRICES = tuple(row for row in LAYER_TABLE if len(row.dims) == 2)
 
 # Tied embeddings: the shared matrix carries HIDDEN, so the final norm, whose output it multiplies, must not.
 _TIED_NORM = _row("norm", "model.norm.weight", (HIDDEN,))

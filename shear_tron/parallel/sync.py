@@ -71,3 +71,10 @@ def total(values: Tensor, topology: Topology) -> Tensor:
     for axis in ("replicate", "shard"):
         dist.all_reduce(values, group=topology.mesh.get_group(axis))
     return values
+
+
+def everywhere(values: Tensor, topology: Topology) -> Tensor:
+    """Sum of ``values`` over all ranks, on the CPU; waits for them."""
+    values = values.to(topology.device)
+    dist.all_reduce(values)
+    return values.cpu()

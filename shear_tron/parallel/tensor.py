@@ -81,8 +81,13 @@ def keep_part(masks: Masks, shape: Shape, rank: int, size: int, multiple: int, d
         return None if mask is None else mask.chunk(size, dim=1)[rank]
 
     own = replace(masks, groups=part(masks.groups), ffn=part(masks.ffn))
-    cut = replace(shape, heads=shape.heads // size, kv_heads=shape.kv_heads // size, ffn=shape.ffn // size)
-    return Keep.of(own, cut, multiple, device)
+    return Keep.of(own, shape_of_part(shape, size), multiple, device)
+
+
+def shape_of_part(shape: Shape, size: int) -> Shape:
+    """What one of ``size`` tensor-parallel ranks holds of a model of ``shape``."""
+    cut = {name: getattr(shape, name) // size for name in ("heads", "kv_heads", "ffn", "vocab")}
+    return replace(shape, **cut)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

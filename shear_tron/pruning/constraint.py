@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from shear_tron.masks import Masks, sizes
-from shear_tron.params import LAYER_TABLE, Dim
+from shear_tron.params import MATRICES, Dim
 from shear_tron.pruning.gates import Gates, copy_into, pruned_kinds
 from shear_tron.shape import Shape
-
-MATRICES = tuple(row for row in LAYER_TABLE if len(row.dims) == 2)
 
 
 class Constraint:
@@ -51,9 +49,10 @@ class Constraint:
     def penalty(self, gates: Gates, step: int) -> tuple[Tensor, dict[str, float]]:
         """The Lagrangian of ``gates`` at ``step``, 0-d, differentiable in logits and multipliers, and what to log.
 
-        A kind that exists in every layer is measured in each (and in each block of ``Gates``' balance) and its penalty
-        averaged, so that the square holds every one of them to the target. The report has ``expected_KIND_sparsity`` and ``target_KIND_sparsity`` by kind, and
-        ``expected_sparsity`` and ``target_sparsity`` of the parameters in the layers' matrices.
+        A kind that exists in every layer is measured in each (and there in each block of ``Gates``' balance) and its
+        penalty averaged, so that the square holds every one of them to the target. The report has
+        ``expected_KIND_sparsity`` and ``target_KIND_sparsity`` by kind, and ``expected_sparsity`` and
+        ``target_sparsity`` of the parameters in the layers' matrices.
         """
         expected = gates.expected()
         wanted = self.wanted(step)

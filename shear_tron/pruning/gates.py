@@ -148,7 +148,7 @@ class Gates:
 
     def blocks(self, kind: str, values: Tensor) -> Tensor:
         """Values of the units of ``kind``, [..., units], as [..., blocks, units of a block]; see ``balance``."""
-        return values.unflatten(-1, (self.block_counts[kind], -1))
+        return values.reshape(*values.shape[:-1], self.block_counts[kind], -1)
 
     @torch.no_grad()
     def clamp_(self) -> None:

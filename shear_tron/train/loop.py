@@ -17,6 +17,7 @@ from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
 from shear_tron.parallel.pipeline import Gated, Microbatches, build_stages, on_all_stages
 from shear_tron.parallel.topology import Topology
+from shear_tron.train.cost import StepCost
 from shear_tron.train.metrics import Log
 from shear_tron.train.plan import CONFIG, Inputs, Plan
 from shear_tron.train.pruner import Pruner, moments, start_moments
@@ -55,6 +56,8 @@ class Trainer:
         if self.config.prune is not None and plan.target is not None:
             shape = plan.architecture.shape
             self.pruner = Pruner(shape, plan.target, self.config.prune, train.seed, topology)
+        sequence = self.config.data.sequence
+        self.cost = StepCost(self.engine, topology, train.micro_batch * sequence, sequence)
         self.step = 0  # updates made
         self.mixture: Mixture | None = None
         self.sampler = Sampler(inputs.manifest, inputs.names, self.config.data.sequence, train.seed)
@@ -79,6 +82,8 @@ class Trainer:
         share = train.batch // self.topology.layout.dp
         first = self.topology.dp_rank * share
         batches = Batches(self.sampler, train.batch, first, first + share, self.mixture.weights)
+        if self.pruner:
+            self.cost.time_dense(*self._any_batch(share))
         try:
             while self.step < train.steps:
                 line = self._update(batches)
@@ -111,18 +116,21 @@ class Trainer:
         windows = windows.to(self.topology.device, non_blocking=True)
         tokens, labels = windows[:, :-1], windows[:, 1:]
         sampled, gated = None, None
+        began = time.perf_counter()
         if self.pruner:
             mine = range(dp_rank * self.plan.microbatches, (dp_rank + 1) * self.plan.microbatches)
             sampled, gated = self.pruner.sample(self.step, mine)
         losses = self._everywhere(self.engine.train(tokens, labels, gated), len(tokens))
+        report: dict[str, float] = {}
+        if self.pruner and sampled and gated:
+            report = self.pruner.backward(self.step, sampled, gated)
+        pruned_seconds = time.perf_counter() - began
         sync.sum_tied(self.stages, self.topology)
         norm = sync.clip(self.stages, train.clip, self.topology)
         factor = learning_rate_factor(self.step, train.steps, train.warmup_steps, train.min_learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = train.learning_rate * factor
-        report: dict[str, float] = {}
-        if self.pruner and sampled and gated:
-            report = self.pruner.backward(self.step, sampled, gated)
+        if self.pruner:
             self.pruner.step(factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -132,6 +140,7 @@ class Trainer:
             raise FloatingPointError(f"loss={loss} at step {self.step}; lower train.learning_rate or check the data")
         assert self.mixture is not None
         seconds = time.perf_counter() - start
+        cost = self.cost.report(sampled, gated, seconds, pruned_seconds) if sampled and gated else {}
         return {
             "step": self.step + 1,
             "loss": loss,
@@ -140,6 +149,7 @@ class Trainer:
             "gradient_norm": float(norm),
             "learning_rate": train.learning_rate * factor,
             **report,
+            **cost,
             "seconds": seconds,
             "data_seconds": waited,  # of them, waiting for the batch
             "tokens_per_second": train.batch * self.config.data.sequence / seconds,
@@ -160,6 +170,11 @@ class Trainer:
         real = rows < total
         by_domain, _ = self._by_domain(found[real.to(found.device)], self.held_out_domain[rows[real]])
         return self._named(by_domain)
+
+    def _any_batch(self, share: int) -> tuple[Tensor, Tensor]:
+        """Held-out tokens and labels of the size of this rank's share of a batch."""
+        windows = self.held_out[torch.arange(share) % len(self.held_out)].to(self.topology.device)
+        return windows[:, :-1], windows[:, 1:]
 
     def _by_domain(self, losses: Tensor, domains: Tensor) -> tuple[Tensor, Tensor]:
         """(mean loss, sequences) of each domain over all data-parallel ranks; NaN where there were none. On the CPU."""
@@ -209,6 +224,7 @@ class Trainer:
         shown = {"loss": f"{line['loss']:.3f}", "tokens/s": f"{line['tokens_per_second']:.0f}"}
         if "expected_sparsity" in line:
             shown["sparsity"] = f"{line['expected_sparsity']:.2f}/{line['target_sparsity']:.2f}"
+            shown["time"] = f"{line['seconds_to_dense']:.2f} of dense"
         log.advance(**shown)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ class PruneConfig(Section):
     learning_rate: float = Field(1.0, gt=0)  # of mask logits and multipliers
     warmup_steps: PositiveInt  # the target sparsity grows linearly from 0 over these steps
     compact: bool = True  # leave closed units out of every step; exact (docs/compaction.md)
-    multiple: PositiveInt | None = None  # kept counts are padded up to it; default 64 on CUDA, 1 on the CPU
+    multiple: PositiveInt | None = None  # kept counts are padded up to it; default 64 on CUDA, 16 on the CPU
     balance: PositiveInt = 1  # blocks of heads and ffn columns that keep equal counts; parallel.tp or a multiple of it
 
 

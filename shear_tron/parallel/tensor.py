@@ -74,14 +74,16 @@ class TensorParallel(Whole):
         return nn.Parameter(DTensor.from_local(part, self.mesh, [self.placement(row)], run_check=False))
 
 
-def keep_part(masks: Masks, shape: Shape, rank: int, size: int, multiple: int, device: torch.device) -> Keep:
-    """The open units of a model of ``shape`` among the heads and columns of tensor-parallel ``rank`` of ``size``."""
+def keep_part(
+    masks: Masks, shape: Shape, rank: int, size: int, multiple: int, device: torch.device, whole: float = 1.0
+) -> Keep:
+    """``Keep.of`` among the heads and columns of tensor-parallel ``rank`` of ``size``, of a model of ``shape``."""
 
     def part(mask: Tensor | None) -> Tensor | None:
         return None if mask is None else mask.chunk(size, dim=1)[rank]
 
     own = replace(masks, groups=part(masks.groups), ffn=part(masks.ffn))
-    return Keep.of(own, shape_of_part(shape, size), multiple, device)
+    return Keep.of(own, shape_of_part(shape, size), multiple, device, whole)
 
 
 def shape_of_part(shape: Shape, size: int) -> Shape:

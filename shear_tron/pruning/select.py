@@ -63,12 +63,15 @@ class Keep:
     layers: Mapping[int, KeepLayer]
 
     @classmethod
-    def of(cls, masks: Masks, shape: Shape, multiple: int = 1, device: torch.device | None = None) -> "Keep":
+    def of(
+        cls, masks: Masks, shape: Shape, multiple: int = 1, device: torch.device | None = None, whole: float = 1.0
+    ) -> "Keep":
         """The units of a model of ``shape`` whose masks are not zero, indices on ``device`` (default: the masks').
 
         ``multiple``: hidden and ffn keep some pruned units more, up to a multiple of it, so that matrix units stay
-        full. Heads come in blocks of ``head_dim`` rows anyway. At least one unit of each kind is kept in every kept
-        layer. Such padding has masks of zero, so it is exact. Waits for the masks' device once; not for the CPU.
+        full. Heads come in blocks of ``head_dim`` rows anyway. ``whole``: where so large a share would be kept, all
+        is, and nothing is copied. At least one unit of each kind is kept in every kept layer. What is kept too much
+        has masks of zero, so it is exact. Waits for the masks' device once; not for the CPU.
         """
         for kind, mask in masks.items():
             if tuple(mask.shape) != sizes(shape)[kind]:
@@ -77,11 +80,11 @@ class Keep:
                 )
         device = device or next((mask.device for _, mask in masks.items()), torch.device("cpu"))
         open_ = _to_cpu(masks)
-        hidden = _kept(open_.hidden, multiple)
+        hidden = _kept(open_.hidden, multiple, whole)
         layers: dict[int, dict[str, Tensor | None]] = {}
         for index in range(shape.layers):
             if open_.layers is None or open_.layers[index]:
-                layers[index] = _keep_layer(open_, index, shape, multiple)
+                layers[index] = _keep_layer(open_, index, shape, multiple, whole)
         hidden, *rest = _to(device, [hidden, *(kept for layer in layers.values() for kept in layer.values())])
         indices = iter(rest)
         return cls(hidden, {i: KeepLayer(**{name: next(indices) for name in names}) for i, names in layers.items()})
@@ -123,21 +126,21 @@ def _to(device: torch.device, indices: list[Tensor | None]) -> list[Tensor | Non
     return [None if kept is None else next(parts) for kept in indices]
 
 
-def _kept(open_: Tensor | None, multiple: int = 1) -> Tensor | None:
+def _kept(open_: Tensor | None, multiple: int, whole: float) -> Tensor | None:
     """Sorted indices of the open units and of as many closed ones as it takes; None where that is all."""
     if open_ is None:
         return None
     opened, closed = open_.nonzero().flatten(), (~open_).nonzero().flatten()
     wanted = -(-max(len(opened), 1) // multiple) * multiple
-    if wanted >= len(open_):
+    if wanted >= len(open_) * whole:
         return None
     return torch.cat((opened, closed[: wanted - len(opened)])).sort().values
 
 
-def _keep_layer(open_: Masks, index: int, shape: Shape, multiple: int) -> dict[str, Tensor | None]:
+def _keep_layer(open_: Masks, index: int, shape: Shape, multiple: int, whole: float) -> dict[str, Tensor | None]:
     """The fields of ``KeepLayer``."""
-    groups = None if open_.groups is None else _kept(open_.groups[index])
-    queries = None if open_.queries is None else _kept(open_.queries[index])
+    groups = None if open_.groups is None else _kept(open_.groups[index], 1, whole)
+    queries = None if open_.queries is None else _kept(open_.queries[index], 1, whole)
     heads = None
     if groups is not None or queries is not None:
         all_groups = torch.arange(shape.kv_heads) if groups is None else groups
@@ -145,7 +148,7 @@ def _keep_layer(open_: Masks, index: int, shape: Shape, multiple: int) -> dict[s
     return {
         "groups": groups,
         "heads": heads,
-        "ffn": None if open_.ffn is None else _kept(open_.ffn[index], multiple),
+        "ffn": None if open_.ffn is None else _kept(open_.ffn[index], multiple, whole),
         "group_rows": None if groups is None else _expand(groups, shape.head_dim),
         "head_rows": None if heads is None else _expand(heads, shape.head_dim),
     }

@@ -16,6 +16,12 @@ from shear_tron.pruning.gates import Gates
 from shear_tron.pruning.select import Keep
 from shear_tron.shape import Shape
 
+# Kept counts are padded up to a multiple of this: what matrix units like. On 2 CPU cores at hidden 1024, gates halfway,
+# forward and backward took 8.2 s unpadded, 6.2 s at 16 and 6.5 s at 64 (gates closed: 2.6, 2.2 and 2.4 s).
+MULTIPLE = {"cuda": 64, "cpu": 16}
+# Copying so large a share costs more than the rest saves: with all gates open, 0.89 of the dense speed.
+WHOLE = 15 / 16
+
 
 class Pruner:
     """Gates and multipliers with their optimizer, alike on every rank.
@@ -35,7 +41,7 @@ class Pruner:
     ) -> None:
         self.topology, self.source = topology, source
         self.compact = config.compact
-        self.multiple = config.multiple or (64 if topology.device.type == "cuda" else 1)
+        self.multiple = config.multiple or MULTIPLE[topology.device.type]
         self.gates = Gates(source, target, seed, dtype, config.balance)
         self.constraint = Constraint(source, target, config.warmup_steps, dtype)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.gates, self.constraint, config.learning_rate))
@@ -58,7 +64,7 @@ class Pruner:
         layout, rank = self.topology.layout, self.topology.tp_rank
         if not self.compact:
             return None
-        return keep_part(masks, self.source, rank, layout.tp, self.multiple, self.topology.device)
+        return keep_part(masks, self.source, rank, layout.tp, self.multiple, self.topology.device, WHOLE)
 
     def backward(self, step: int, sampled: Sequence[Masks], gated: Sequence[Gated]) -> dict[str, float]:
         """Set the gradients of logits and multipliers. Returns the constraint's report."""

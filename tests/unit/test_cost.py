@@ -17,9 +17,7 @@ def half(units: int) -> torch.Tensor:
     return (torch.arange(units) % 2).float()
 
 
-MASKS = Masks(
-    half(16), torch.tensor([1.0, 0, 1, 1]), torch.tensor([[0.0, 1]] * 4), None, torch.stack([half(12)] * 4)
-)
+MASKS = Masks(half(16), torch.tensor([1.0, 0, 1, 1]), torch.tensor([[0.0, 1]] * 4), None, torch.stack([half(12)] * 4))
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["dense", "compact"])

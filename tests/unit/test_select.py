@@ -68,6 +68,15 @@ def test_nothing_pruned_keeps_all_without_a_gather() -> None:
         assert all(value is None for layer in keep.layers.values() for value in asdict(layer).values())
 
 
+@pytest.mark.parametrize(
+    ("whole", "hidden", "ffn"), [(1.0, 12, 9), (0.8, 12, 9), (0.75, None, None), (0.5, None, None)]
+)
+def test_where_nearly_all_would_be_kept_all_is(whole: float, hidden: int | None, ffn: int | None) -> None:
+    keep = Keep.of(masks_of(SHAPES["plain"], {"hidden": 12, "ffn": 9}, soft=True), SHAPES["plain"], whole=whole)
+    for kept, size in ((keep.hidden, hidden), *((layer.ffn, ffn) for layer in keep.layers.values())):
+        assert (None if kept is None else len(kept)) == size
+
+
 @pytest.mark.parametrize(("multiple", "hidden", "ffn"), [(1, 5, 3), (2, 6, 4), (4, 8, 4), (5, 5, 5), (16, None, None)])
 def test_padding_is_closed_units_up_to_a_multiple(multiple: int, hidden: int | None, ffn: int | None) -> None:
     shape = SHAPES["plain"]

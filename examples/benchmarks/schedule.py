@@ -25,7 +25,6 @@ from shear_tron.pruning.gates import Gates
 from shear_tron.shape import Shape
 from shear_tron.train.loop import Trainer
 from shear_tron.train.plan import claim, inputs, plan, precision
-from shear_tron.train.pruner import Pruner
 
 SOURCE = Shape(hidden=256, layers=8, heads=16, kv_heads=16, head_dim=16, ffn=704, vocab=2048)
 TARGET = {"hidden": 128, "layers": 6, "heads": 8, "kv_heads": 8, "ffn": 352}
@@ -36,17 +35,6 @@ RELOAD = 800  # a step at which units could be dealt to tensor-parallel ranks an
 # Multiply-adds of a token in LLaMA-2-7B at 4,096 tokens a sequence: a layer's projections, its gated MLP, its causal
 # attention scores and sums, and the output head.
 LAYERS, ATTENTION, FFN, SCORES, HEAD = 32, 4 * 4096**2, 3 * 4096 * 11008, 4096 * 4096, 4096 * 32000
-
-
-class Recorded(Pruner):
-    """A pruner that keeps the logits of every ``EVERY``-th step."""
-
-    def step(self, rate_factor: float) -> None:
-        count = getattr(self, "count", 0)
-        if count % EVERY == 0:
-            self.records = [*getattr(self, "records", []), {k: v.clone() for k, v in self.gates.state_dict().items()}]
-        self.count = count + 1
-        super().step(rate_factor)
 
 
 def prune(out: Path, source: Path, balance: int) -> None:
@@ -62,9 +50,15 @@ def prune(out: Path, source: Path, balance: int) -> None:
     device, compute = precision(config)
     trainer = Trainer(planned, opened, topology.start(planned.layout, device), compute)
     assert trainer.pruner is not None
-    trainer.pruner.__class__ = Recorded
+    gates, step, records = trainer.pruner.gates, trainer.pruner.step, []
+
+    def recorded(rate_factor: float) -> None:
+        if trainer.step % EVERY == 0:
+            records.append({kind: logits.clone() for kind, logits in gates.state_dict().items()})
+        step(rate_factor)
+
+    trainer.pruner.step = recorded  # type: ignore[method-assign]
     trainer.fit()
-    records = trainer.pruner.records
     torch.save({kind: torch.stack([record[kind] for record in records]) for kind in records[0]}, file)
 
 

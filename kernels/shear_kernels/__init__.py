@@ -53,6 +53,11 @@ def _kernels(x: Tensor, backend: str | None, module: str) -> Any:
     return reference
 
 
+def fuses_masks(x: Tensor) -> bool:
+    """Whether kernels serve ``x``. A mask then costs next to nothing; in the definitions it is a pass of its own."""
+    return _kernels(x, None, "swiglu") is not reference
+
+
 def masked_attention(
     q: Tensor,
     k: Tensor,
@@ -144,6 +149,7 @@ def select(
 
 __all__ = [
     "add_rms_norm",
+    "fuses_masks",
     "gated_residual",
     "masked_attention",
     "masked_rms_norm",

@@ -2,7 +2,8 @@
 
 A kept unit is one whose mask is not exactly zero. Leaving the others out changes nothing (a pruned unit adds nothing to
 the residual stream), so the same cut serves a pruning step on the kept units alone and the extraction of the final
-model, which also folds the values of the masks into the weights.
+model. ``fold`` multiplies the values of the masks into the weights: always in extraction, in a step where that is
+cheaper than masking activations.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -160,6 +161,28 @@ def _expand(blocks: Tensor, length: int, within: Tensor | None = None) -> Tensor
     return (blocks[:, None] * length + within).flatten()
 
 
+def fold(weight: Tensor, row: Param, masks: LayerMasks) -> Tensor:
+    """A weight times the masks that scale it (``Param.scaled_by``): what it multiplies need not be masked any more.
+
+    weight: of the parameter of ``row`` and the units of ``masks``, for example the kept ones of a layer. Computed in at
+    least float32, returned in the weight's dtype; differentiable in weight and masks.
+    """
+    values = {Dim.LAYERS: masks.layer, Dim.HIDDEN: masks.hidden, Dim.HEADS: masks.heads, Dim.FFN: masks.ffn}
+    scale: Tensor | None = None
+    for dim, value in values.items():
+        if value is None or dim not in row.scaled_by:
+            continue
+        if dim is not Dim.LAYERS:
+            axis = row.dims.index(dim)
+            value = value.repeat_interleave(weight.shape[axis] // len(value))  # a head has head_dim columns
+            value = value.view([-1 if other == axis else 1 for other in range(weight.dim())])
+        scale = value if scale is None else scale * value
+    if scale is None:
+        return weight
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return (wide * scale.to(weight.device)).to(weight.dtype)
+
+
 def extract(read: Callable[[str], Tensor], masks: Masks, source: Shape) -> tuple[Shape, Iterator[tuple[str, Tensor]]]:
     """The dense model that a masked one is: kept rows and columns, with the values of the masks folded in.
 
@@ -210,29 +233,8 @@ def _dense(
         rows, columns = (
             None if kept is None else kept.to(weight.device) for kept in keep.indices(parameter.row, layer)
         )
-        yield (
-            parameter.name,
-            _fold(shear_kernels.select(weight, rows, columns), parameter.row, masks, layer, keep, source),
-        )
-
-
-def _fold(weight: Tensor, row: Param, masks: Masks, layer: int | None, keep: Keep, source: Shape) -> Tensor:
-    """A selected weight times the values of the masks it is scaled by, in at least float32 until the last."""
-    if layer is None:
-        kept = LayerMasks(None if masks.hidden is None else shear_kernels.select(masks.hidden, keep.hidden))
-    else:
-        kept = keep.layer_masks(masks.layer(layer, source), layer)
-    values = {Dim.HIDDEN: kept.hidden, Dim.HEADS: kept.heads, Dim.FFN: kept.ffn, Dim.LAYERS: kept.layer}
-    dtype, folded = weight.dtype, weight
-    for dim in sorted(row.scaled_by, key=lambda dim: dim.value):
-        value = values[dim]
-        if value is None or bool((value == 1).all()):
-            continue
-        value = value.to(weight.device)
-        if dim is Dim.HEADS:
-            value = value.repeat_interleave(source.head_dim)
-        if dim is not Dim.LAYERS and row.dims.index(dim) == 0 and weight.dim() == 2:
-            value = value[:, None]
-        # The promoted dtype of two tensors that both have dimensions; a 0-d mask would not raise a weight's precision.
-        folded = folded.to(torch.promote_types(torch.promote_types(folded.dtype, value.dtype), torch.float32)) * value
-    return folded.to(dtype)
+        if layer is None:
+            values = LayerMasks(None if masks.hidden is None else shear_kernels.select(masks.hidden, keep.hidden))
+        else:
+            values = keep.layer_masks(masks.layer(layer, source), layer)
+        yield parameter.name, fold(shear_kernels.select(weight, rows, columns), parameter.row, values)

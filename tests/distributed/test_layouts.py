@@ -1,11 +1,13 @@
-"""Laws 4 and 11: any layout, compact or not, gives what one process with masks gives.
+"""Laws 4 and 11: any layout, compact or not, masks folded or where they act, gives what one process with masks gives.
 
 Losses, weight gradients, mask gradients and the norm they are clipped by, in float64."""
 
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import shear_kernels
 import torch
 from ranks import run
 from torch import Tensor, nn
@@ -44,9 +46,9 @@ LAYOUTS = {
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "masked": {"masked": True},
+    "masked": {"masked": True, "folded": False},
     "compact": {"masked": True, "compact": 1},
-    "compact, padded, documents": {"masked": True, "compact": 4, "documents": True},
+    "compact, padded, documents": {"masked": True, "compact": 4, "documents": True, "folded": False},
 }
 
 
@@ -56,6 +58,7 @@ class Case:
     masked: bool = False
     compact: int = 0  # with masks: leave closed units out, up to a multiple of this
     documents: bool = False  # several in a window
+    folded: bool = True  # masks into the weights, as without kernels; else each where it acts, as with them
 
     @property
     def shape(self) -> Shape:
@@ -143,6 +146,11 @@ def keep(masks: Masks | None, case: Case, topology: Topology) -> Keep | None:
 
 def together(case: Case, layout: Layout) -> Result:
     """The engine on this rank."""
+    with patch.object(shear_kernels, "fuses_masks", lambda x: not case.folded):
+        return _together(case, layout)
+
+
+def _together(case: Case, layout: Layout) -> Result:
     topology = start(layout, torch.device("cpu"))
     architecture = Architecture(case.shape)
     stages = build_stages(architecture, topology, "none")

@@ -17,7 +17,6 @@ import platform
 import statistics
 import subprocess
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -115,13 +114,13 @@ def main() -> None:
     windows = torch.randint(shape.vocab, (BATCH, sequence + 1), generator=torch.Generator().manual_seed(2)).to(device)
     memory = Memory(device)
 
-    def step(kind: str, by: Pruner, number: int) -> tuple[float, float, float]:
-        """(seconds, operations next to dense, peak GiB)."""
+    def step(by: Pruner | None, number: int) -> tuple[float, float, float]:
+        """(seconds, operations next to dense, peak GiB) of a step with ``by``'s masks; None: dense."""
         memory.reset()
         began = time.perf_counter()
-        sampled, gated = by.sample(number, range(1)) if kind != "dense" else ([], [Gated()])
-        engine.train(windows[:, :-1], windows[:, 1:], gated if kind != "dense" else None)
-        if kind != "dense":
+        sampled, gated = by.sample(number, range(1)) if by else ([], [Gated()])
+        engine.train(windows[:, :-1], windows[:, 1:], gated)
+        if by:
             by.backward(number, sampled, gated)
         sync.clip(stages, 1.0, topology)
         optimizer.step()
@@ -133,13 +132,17 @@ def main() -> None:
         done = flops(shape, layers, True, tokens, sequence, gated[0].keep)
         return seconds, done / flops(shape, layers, True, tokens, sequence), memory.peak()
 
-    pruners = {(kind, level): pruner(kind, CLOSED[level], shape, topology) for kind in KINDS for level in CLOSED}
-    found = defaultdict(list)
-    step("dense", pruners["dense", "open"], 0)  # warms up, and makes the optimizer's state
+    pruners = {
+        (level, kind): None if kind == "dense" else pruner(kind, closed, shape, topology)
+        for level, closed in CLOSED.items()
+        for kind in KINDS
+    }
+    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {place: [] for place in pruners}
+    step(None, 0)  # warms up, and makes the optimizer's state
     for number in range(arguments.rounds):
         for level in CLOSED:
-            for kind in KINDS:
-                found[level, kind].append(step(kind, pruners[kind, level], number))
+            for kind in KINDS[number % 3 :] + KINDS[: number % 3]:  # each comes first, second and last
+                found[level, kind].append(step(pruners[level, kind], number))
                 print(f"round {number + 1} {level:8} {kind:8} {found[level, kind][-1][0]:7.2f} s", flush=True)
     save(found, shape, sequence, device)
 

@@ -10,6 +10,7 @@ from shear_tron.shape import Shape
 
 # Kinds of structure, in the order of the paper's "from coarse to fine"; the fields of Masks.
 KINDS = ("hidden", "layers", "groups", "queries", "ffn")
+CUT_KINDS = frozenset({"groups", "ffn"})  # whose units tensor parallelism deals to its ranks
 
 
 @dataclass(frozen=True)

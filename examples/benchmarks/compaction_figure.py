@@ -9,7 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from shear_tron.pruning.gates import LIMIT, STRETCH, TEMPERATURE
+from shear_tron.pruning.gates import LIMIT, hard_concrete
 
 HERE = Path(__file__).parent
 LEVELS, KINDS = ("open", "halfway", "closed"), ("dense", "masked", "compact")
@@ -28,10 +28,8 @@ def measured() -> list[dict[str, Any]]:
 def gate(axis: Axes) -> None:
     """Why it is exact: sample and slope of gates over the noise that draws them."""
     noise = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
-    low, high = STRETCH
     for logit, name in ((-LIMIT, "closed unit"), (0.0, "undecided"), (LIMIT, "open unit")):
-        concrete = torch.sigmoid((torch.logit(noise) + logit) / TEMPERATURE)
-        axis.plot(noise, (low + (high - low) * concrete).clamp(0, 1), label=name)
+        axis.plot(noise, hard_concrete(torch.full_like(noise, logit), noise), label=name)
     axis.axhspan(-0.03, 0.005, color="grey", alpha=0.4)
     axis.set(title="a sampled gate: at 0 its slope is 0", xlabel="noise", ylabel="gate")
     axis.legend(fontsize="small")

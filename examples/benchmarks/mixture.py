@@ -4,9 +4,8 @@
 
 Trains a small source model on six domains of real text, prunes it to about a quarter, and continues the pruned model
 (a) with constant weights and (b) with the paper's Algorithm 1, the source's losses as references. Writes
-OUT/mixture.jsonl,
-a line an evaluation (run, step, tokens, weights, excess loss by domain), and OUT/mixture.png. Downloads 33 MB of text
-(examples/smollm2/fetch_text.py). Takes about fifteen minutes on two cores.
+OUT/mixture.jsonl, a line an evaluation (run, step, tokens, weights, excess loss by domain), and OUT/mixture.png.
+Downloads 33 MB of text (examples/smollm2/fetch_text.py). Takes about fifteen minutes on two cores.
 """
 
 import argparse

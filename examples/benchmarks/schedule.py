@@ -14,6 +14,7 @@ import csv
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 from small import trained_source, training, write
@@ -45,10 +46,10 @@ def prune(out: Path, source: Path, balance: int) -> None:
     values = training(out, f"prune{balance}", source, STEPS, BATCH, 1e-4)
     values["prune"] = {"target": TARGET, "warmup_steps": WARMUP, "learning_rate": 1.0, "balance": balance}
     config = load(TrainConfig, write(out / f"prune{balance}.yaml", values))
-    planned, opened = plan(config, 1), inputs(plan(config, 1))
+    planned = plan(config, 1)
     claim(config)
     device, compute = precision(config)
-    trainer = Trainer(planned, opened, topology.start(planned.layout, device), compute)
+    trainer = Trainer(planned, inputs(planned), topology.start(planned.layout, device), compute)
     assert trainer.pruner is not None
     gates, step, records = trainer.pruner.gates, trainer.pruner.step, []
 
@@ -60,11 +61,6 @@ def prune(out: Path, source: Path, balance: int) -> None:
     trainer.pruner.step = recorded  # type: ignore[method-assign]
     trainer.fit()
     torch.save({kind: torch.stack([record[kind] for record in records]) for kind in records[0]}, file)
-
-
-def blocks(chances: Tensor, ranks: int) -> Tensor:
-    """[..., units] dealt in order to ``ranks``: [..., ranks, units of a rank]."""
-    return chances.unflatten(-1, (ranks, -1))
 
 
 def cost(chances: dict[str, Tensor]) -> float:
@@ -85,7 +81,7 @@ def wait(chances: dict[str, Tensor], ranks: int, order: dict[str, Tensor] | None
     for kind, price in (("groups", ATTENTION + SCORES), ("ffn", FFN)):
         units = chances[kind] if order is None else chances[kind].gather(-1, order[kind])
         draws = torch.rand(16, *units.shape, generator=torch.Generator().manual_seed(0)) < units
-        shares = blocks(draws, ranks).double().mean(-1)  # [draw, layer, rank]
+        shares = draws.unflatten(-1, (ranks, -1)).double().mean(-1)  # [draw, layer, rank]
         slowest += price * float((chances["layers"] * shares.amax(-1)).mean())
         mean += price * float((chances["layers"] * shares.mean(-1)).mean())
     return slowest / mean
@@ -101,7 +97,7 @@ def dealt(chances: dict[str, Tensor], ranks: int) -> dict[str, Tensor]:
     return found
 
 
-def play_back(out: Path, balance: int) -> list[dict[str, object]]:
+def play_back(out: Path, balance: int) -> list[dict[str, Any]]:
     logits = torch.load(out / f"balance{balance}.pt", weights_only=True)
     gates = Gates(SOURCE, TargetConfig(**TARGET).shape(SOURCE))
     rows, order = [], {}
@@ -111,10 +107,10 @@ def play_back(out: Path, balance: int) -> list[dict[str, object]]:
         step = record * EVERY
         if step == RELOAD:
             order = {ranks: dealt(chances, ranks) for ranks in RANKS}
-        row: dict[str, object] = {"balance": balance, "step": step, "flops_to_dense": round(cost(chances), 4)}
+        row: dict[str, Any] = {"balance": balance, "step": step, "flops_to_dense": round(cost(chances), 4)}
         row |= {f"tp{ranks}_slowest_to_mean": round(wait(chances, ranks), 3) for ranks in RANKS}
         for ranks in RANKS:
-            row[f"tp{ranks}_dealt_anew"] = round(wait(chances, ranks, order[ranks]), 3) if order else ""
+            row[f"tp{ranks}_dealt_anew"] = round(wait(chances, ranks, order[ranks]), 3) if order else None
         rows.append(row)
     return rows
 
@@ -129,15 +125,14 @@ def main() -> None:
         prune(out, source, balance)
         played = play_back(out, balance)
         rows += played
-        mean = statistics.mean(float(str(row["flops_to_dense"])) for row in played)
+        mean = statistics.mean(row["flops_to_dense"] for row in played)
         last = json.loads((out / f"prune{balance}" / "metrics.jsonl").read_text().splitlines()[-1])
         held_out = statistics.mean(last["held_out"].values())
         print(f"balance {balance}: held-out loss {held_out:.3f}, operations over the schedule {mean:.3f} of dense's")
         for ranks in RANKS:
-            late = [row for row in played if int(str(row["step"])) >= RELOAD]
+            late = [row for row in played if row["step"] >= RELOAD]
             plain, anew = (
-                statistics.mean(float(str(row[f"tp{ranks}_{name}"])) for row in late)
-                for name in ("slowest_to_mean", "dealt_anew")
+                statistics.mean(row[f"tp{ranks}_{name}"] for row in late) for name in ("slowest_to_mean", "dealt_anew")
             )
             print(f"  tp {ranks}: the slowest rank does {plain:.2f} x the mean, {anew:.2f} x dealt anew at {RELOAD}")
     with Path(__file__).with_suffix(".csv").open("w") as file:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from shear_tron.masks import Masks
+from shear_tron.masks import CUT_KINDS, Masks
 from shear_tron.model.split import Whole
-from shear_tron.params import Param
+from shear_tron.params import CUT, Param
 from shear_tron.pruning.select import Keep
 from shear_tron.shape import Shape
 
@@ -78,18 +78,13 @@ def keep_part(
     masks: Masks, shape: Shape, rank: int, size: int, multiple: int, device: torch.device, whole: float = 1.0
 ) -> Keep:
     """``Keep.of`` among the heads and columns of tensor-parallel ``rank`` of ``size``, of a model of ``shape``."""
-
-    def part(mask: Tensor | None) -> Tensor | None:
-        return None if mask is None else mask.chunk(size, dim=1)[rank]
-
-    own = replace(masks, groups=part(masks.groups), ffn=part(masks.ffn))
-    return Keep.of(own, shape_of_part(shape, size), multiple, device, whole)
+    own = {kind: mask.chunk(size, dim=1)[rank] if kind in CUT_KINDS else mask for kind, mask in masks.items()}
+    return Keep.of(Masks(**own), shape_of_part(shape, size), multiple, device, whole)
 
 
 def shape_of_part(shape: Shape, size: int) -> Shape:
     """What one of ``size`` tensor-parallel ranks holds of a model of ``shape``."""
-    cut = {name: getattr(shape, name) // size for name in ("heads", "kv_heads", "ffn", "vocab")}
-    return replace(shape, **cut)
+    return replace(shape, **{dim.value: getattr(shape, dim.value) // size for dim in CUT})
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

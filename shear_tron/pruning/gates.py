@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardtanh
 
-from shear_tron.masks import KINDS, Masks, sizes
+from shear_tron.masks import CUT_KINDS, KINDS, Masks, sizes
 from shear_tron.shape import Shape, require_split
 
 STRETCH = (-0.1, 1.1)
 TEMPERATURE = 2 / 3
 LIMIT = log(100)  # logits stay within +-LIMIT: a gate is never more than 99.8 % or less than 4.7 % likely to be open
 SHARPNESS = 0.8  # decided values are sigmoid(logit * SHARPNESS / TEMPERATURE), as in the released code
-CUT_KINDS = frozenset({"groups", "ffn"})  # what tensor parallelism cuts
 EDGE = 1e-6  # uniform noise stays this far from 0 and 1
 WORD = 2**64
 
@@ -112,7 +111,7 @@ class Gates:
 
     def sample_from(self, noise: Mapping[str, Tensor]) -> Masks:
         """Masks made of uniform ``noise`` in (0, 1), one number a unit; differentiable in the logits."""
-        return Masks(**{kind: _stretched(logits, noise[kind]) for kind, logits in self.logits.items()})
+        return Masks(**{kind: hard_concrete(logits, noise[kind]) for kind, logits in self.logits.items()})
 
     def sample(self, step: int, microbatch: int) -> Masks:
         """Random masks, differentiable in the logits; the same on every rank and in every run that asks again."""
@@ -165,7 +164,8 @@ class Gates:
         copy_into(self.logits, state)
 
 
-def _stretched(logits: Tensor, noise: Tensor) -> Tensor:
+def hard_concrete(logits: Tensor, noise: Tensor) -> Tensor:
+    """Sampled gates in [0, 1], of the size of ``logits``, from uniform ``noise`` in (0, 1). Differentiable."""
     low, high = STRETCH
     concrete = torch.sigmoid((torch.logit(noise.to(logits.dtype)) + logits) / TEMPERATURE)
     # hardtanh, not clamp: its slope is 0 also where the value is 0 without being clamped. A gate of 0 then always has

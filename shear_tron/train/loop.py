@@ -53,11 +53,12 @@ class Trainer:
             fused=True,
         )
         self.pruner: Pruner | None = None
+        self.cost: StepCost | None = None
         if self.config.prune is not None and plan.target is not None:
             shape = plan.architecture.shape
             self.pruner = Pruner(shape, plan.target, self.config.prune, train.seed, topology)
-        sequence = self.config.data.sequence
-        self.cost = StepCost(self.engine, topology, train.micro_batch * sequence, sequence)
+            sequence = self.config.data.sequence
+            self.cost = StepCost(self.engine, topology, train.micro_batch * sequence, sequence)
         self.step = 0  # updates made
         self.mixture: Mixture | None = None
         self.sampler = Sampler(inputs.manifest, inputs.names, self.config.data.sequence, train.seed)
@@ -82,8 +83,8 @@ class Trainer:
         share = train.batch // self.topology.layout.dp
         first = self.topology.dp_rank * share
         batches = Batches(self.sampler, train.batch, first, first + share, self.mixture.weights)
-        if self.pruner:
-            self.cost.time_dense(*self._any_batch(share))
+        if self.cost:
+            self.cost.time_dense(*self._held_out(torch.arange(share)))
         try:
             while self.step < train.steps:
                 line = self._update(batches)
@@ -121,9 +122,9 @@ class Trainer:
             mine = range(dp_rank * self.plan.microbatches, (dp_rank + 1) * self.plan.microbatches)
             sampled, gated = self.pruner.sample(self.step, mine)
         losses = self._everywhere(self.engine.train(tokens, labels, gated), len(tokens))
-        report: dict[str, float] = {}
+        report: dict[str, Any] = {}
         if self.pruner and sampled and gated:
-            report = self.pruner.backward(self.step, sampled, gated)
+            report |= self.pruner.backward(self.step, sampled, gated)
         pruned_seconds = time.perf_counter() - began
         sync.sum_tied(self.stages, self.topology)
         norm = sync.clip(self.stages, train.clip, self.topology)
@@ -140,7 +141,8 @@ class Trainer:
             raise FloatingPointError(f"loss={loss} at step {self.step}; lower train.learning_rate or check the data")
         assert self.mixture is not None
         seconds = time.perf_counter() - start
-        cost = self.cost.report(sampled, gated, seconds, pruned_seconds) if sampled and gated else {}
+        if self.cost and sampled and gated:
+            report |= self.cost.report(sampled, gated, seconds, pruned_seconds)
         return {
             "step": self.step + 1,
             "loss": loss,
@@ -149,7 +151,6 @@ class Trainer:
             "gradient_norm": float(norm),
             "learning_rate": train.learning_rate * factor,
             **report,
-            **cost,
             "seconds": seconds,
             "data_seconds": waited,  # of them, waiting for the batch
             "tokens_per_second": train.batch * self.config.data.sequence / seconds,
@@ -162,8 +163,7 @@ class Trainer:
         losses, total = [], len(self.held_out)
         for first in range(0, total, share * layout.dp):
             rows = torch.arange(first + dp_rank * share, first + (dp_rank + 1) * share)
-            windows = self.held_out[rows % total].to(self.topology.device)  # wraps round to fill the last batch
-            found = self._everywhere(self.engine.evaluate(windows[:, :-1], windows[:, 1:], gated), share)
+            found = self._everywhere(self.engine.evaluate(*self._held_out(rows), gated), share)
             losses.append((rows, found))
         rows = torch.cat([rows for rows, _ in losses])
         found = torch.cat([found for _, found in losses])
@@ -171,9 +171,9 @@ class Trainer:
         by_domain, _ = self._by_domain(found[real.to(found.device)], self.held_out_domain[rows[real]])
         return self._named(by_domain)
 
-    def _any_batch(self, share: int) -> tuple[Tensor, Tensor]:
-        """Held-out tokens and labels of the size of this rank's share of a batch."""
-        windows = self.held_out[torch.arange(share) % len(self.held_out)].to(self.topology.device)
+    def _held_out(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and labels of held-out windows, which begin again after the last: batches are always full."""
+        windows = self.held_out[rows % len(self.held_out)].to(self.topology.device)
         return windows[:, :-1], windows[:, 1:]
 
     def _by_domain(self, losses: Tensor, domains: Tensor) -> tuple[Tensor, Tensor]:

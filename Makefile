@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu clean
 
 demo: .venv/ready ## the main job on a real model: prune, extract, continue, export, open in transformers
 	$(BIN)/python examples/smollm2/demo.py --processes $(PROCESSES) $(OVERRIDES)
@@ -18,6 +18,11 @@ check: .venv/ready
 
 bench: .venv/ready ## the kernel benchmark; without a GPU its roofline and the ahead-of-time table
 	$(BIN)/python kernels/bench/run.py
+
+gpu: ## with a GPU, and torch and triton in PYTHON: the kernels' laws on it, their benchmark, a whole pruning step
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests/kernels
+	PYTHONPATH=.:kernels $(PYTHON) kernels/bench/run.py
+	PYTHONPATH=.:kernels $(PYTHON) examples/benchmarks/pruning_step.py
 
 .venv/ready: pyproject.toml constraints.txt
 	@echo "setting up .venv (once; a few minutes at most)"

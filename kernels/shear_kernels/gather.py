@@ -28,6 +28,15 @@ WARPS = 4
 
 
 @triton.jit
+def _tile(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This block's rows [ROWS], its first column, and its columns [COLUMNS / 32, 32], of a matrix with ``columns``."""
+    across = tl.cdiv(columns, COLUMNS)
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = (tl.program_id(0) % across).to(tl.int64) * COLUMNS
+    return row, first, first + tl.arange(0, COLUMNS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+
+
+@triton.jit
 def _convert(x, dtype: tl.constexpr):
     """``x`` in ``dtype``; every bit as it is where that is its own."""
     return x if x.dtype == dtype else narrow(x.to(tl.float32), dtype)
@@ -39,10 +48,7 @@ def select_gather(
     kept_rows, kept_columns, row_stride, column_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(kept_columns, COLUMNS)
-    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = (tl.program_id(0) % across).to(tl.int64) * COLUMNS
-    column = first + tl.arange(0, COLUMNS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    row, first, column = _tile(kept_columns, ROWS, COLUMNS)
     row_inside, column_inside = row < kept_rows, column < kept_columns
     source_row, source_column = row, column
     if rows is not None:
@@ -60,10 +66,7 @@ def select_scatter(
     rows, columns, row_stride, column_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(columns, COLUMNS)
-    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = (tl.program_id(0) % across).to(tl.int64) * COLUMNS
-    column = first + tl.arange(0, COLUMNS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    row, first, column = _tile(columns, ROWS, COLUMNS)
     source_row, source_column, row_kept, column_kept = row, column, row < rows, column < columns
     if row_position is not None:
         source_row = tl.load(row_position + row, mask=row_kept, other=-1).to(tl.int64)

@@ -49,6 +49,7 @@ x = torch.ones(2, 8)
 shear_kernels.masked_swiglu(x, x)
 assert ("shear_kernels.swiglu" in sys.modules) is {expected}
 shear_kernels.masked_swiglu(x.double(), x.double())  # float64: the definition
+assert shear_kernels.fuses_masks(x) is {expected} and not shear_kernels.fuses_masks(x.double())
 """
     child(code.format(expected=False))
     pytest.importorskip("triton")

@@ -175,7 +175,7 @@ def fold(weight: Tensor, row: Param, masks: LayerMasks) -> Tensor:
         if dim is not Dim.LAYERS:
             axis = row.dims.index(dim)
             value = value.repeat_interleave(weight.shape[axis] // len(value))  # a head has head_dim columns
-            value = value.view([-1 if other == axis else 1 for other in range(weight.dim())])
+            value = value[:, None] if axis == 0 and weight.dim() == 2 else value
         scale = value if scale is None else scale * value
     if scale is None:
         return weight

@@ -63,16 +63,17 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from shear_tron.config import TrainConfig, load
+    from shear_tron.config import load
     from shear_tron.parallel import topology
+    from shear_tron.train.config import RunConfig
     from shear_tron.train.loop import Trainer
-    from shear_tron.train.plan import claim, inputs, plan, precision
+    from shear_tron.train.plan import claim_run_folder, inputs, plan, precision
 
-    config = load(TrainConfig, arguments.config, arguments.overrides)
+    config = load(RunConfig, arguments.config, arguments.overrides)
     planned = plan(config, topology.world_size())
     device, compute = precision(config)
     opened = inputs(planned)
-    claim(config)
+    claim_run_folder(config)
     ranks = topology.start(planned.layout, device)
     try:
         losses = Trainer(planned, opened, ranks, compute).fit()
@@ -98,10 +99,11 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    from shear_tron.config import TrainConfig, load
+    from shear_tron.config import load
+    from shear_tron.train.config import RunConfig
     from shear_tron.train.show import show as text
 
-    print(text(load(TrainConfig, arguments.config, arguments.overrides), arguments.world))
+    print(text(load(RunConfig, arguments.config, arguments.overrides), arguments.world))
 
 
 def reference_loss(arguments: argparse.Namespace) -> None:

@@ -9,13 +9,13 @@ from torch import Tensor
 from shear_tron.shape import Shape
 
 # Kinds of structure, in the order of the paper's "from coarse to fine"; the fields of Masks.
-KINDS = ("hidden", "layers", "groups", "queries", "ffn")
-CUT_KINDS = frozenset({"groups", "ffn"})  # whose units tensor parallelism deals to its ranks
+KINDS = ("hidden", "layers", "kv_heads", "heads_per_group", "ffn")
+CUT_KINDS = frozenset({"kv_heads", "ffn"})  # whose units tensor parallelism deals to its ranks
 
 
 @dataclass(frozen=True)
 class LayerMasks:
-    """The masks of one layer. ``heads`` is groups x queries; ``layer`` is 0-d and gates attention and MLP together."""
+    """The masks of one layer. ``heads`` is kv_heads x heads_per_group; ``layer`` is 0-d and gates both branches."""
 
     hidden: Tensor | None = None  # [hidden]
     heads: Tensor | None = None  # [heads]
@@ -27,14 +27,15 @@ class LayerMasks:
 class Masks:
     """Masks of a whole model; None is all ones, and is what a kind that is not pruned has.
 
-    A query head is kept as far as its key-value group and its place within the group are: ``heads = groups x queries``.
-    One ``queries`` mask is shared by all groups of a layer, so every group keeps the same number of heads.
+    A query head is kept as far as its key-value head and its place in that head's group are:
+    ``heads = kv_heads x heads_per_group``.
+    One ``heads_per_group`` mask is shared by all kv_heads of a layer, so every group keeps the same number of heads.
     """
 
     hidden: Tensor | None = None  # [hidden]
     layers: Tensor | None = None  # [layers]
-    groups: Tensor | None = None  # [layers, kv_heads]
-    queries: Tensor | None = None  # [layers, heads / kv_heads]
+    kv_heads: Tensor | None = None  # [layers, kv_heads]
+    heads_per_group: Tensor | None = None  # [layers, heads / kv_heads]
     ffn: Tensor | None = None  # [layers, ffn]
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
@@ -50,12 +51,14 @@ class Masks:
     def layer(self, index: int, shape: Shape) -> LayerMasks:
         """The masks of layer ``index`` of a model of ``shape``."""
         heads = None
-        if self.groups is not None or self.queries is not None:
-            like = self.groups if self.groups is not None else self.queries
+        if self.kv_heads is not None or self.heads_per_group is not None:
+            like = self.kv_heads if self.kv_heads is not None else self.heads_per_group
             assert like is not None
-            groups = like.new_ones(shape.kv_heads) if self.groups is None else self.groups[index]
-            queries = like.new_ones(shape.queries) if self.queries is None else self.queries[index]
-            heads = torch.outer(groups, queries).flatten()
+            kv_heads = like.new_ones(shape.kv_heads) if self.kv_heads is None else self.kv_heads[index]
+            heads_per_group = (
+                like.new_ones(shape.heads_per_group) if self.heads_per_group is None else self.heads_per_group[index]
+            )
+            heads = torch.outer(kv_heads, heads_per_group).flatten()
         return LayerMasks(
             hidden=self.hidden,
             heads=heads,
@@ -69,7 +72,7 @@ def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
     return {
         "hidden": (shape.hidden,),
         "layers": (shape.layers,),
-        "groups": (shape.layers, shape.kv_heads),
-        "queries": (shape.layers, shape.queries),
+        "kv_heads": (shape.layers, shape.kv_heads),
+        "heads_per_group": (shape.layers, shape.heads_per_group),
         "ffn": (shape.layers, shape.ffn),
     }

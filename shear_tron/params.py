@@ -34,7 +34,7 @@ CUT = frozenset({Dim.VOCAB, Dim.HEADS, Dim.KV_HEADS, Dim.FFN})
 
 
 @dataclass(frozen=True)
-class Param:
+class Row:
     """One kind of parameter. ``{}`` in the names stands for the layer's number."""
 
     name: str
@@ -60,13 +60,13 @@ class Param:
         return tuple(dim.size(shape) for dim in self.dims)
 
 
-def _row(name: str, hf: str, dims: tuple[Dim, ...], *scaled_by: Dim) -> Param:
-    return Param(name, hf, dims, frozenset(scaled_by))
+def _row(name: str, hf: str, dims: tuple[Dim, ...], *scaled_by: Dim) -> Row:
+    return Row(name, hf, dims, frozenset(scaled_by))
 
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = Dim
 
-TABLE: tuple[Param, ...] = (
+TABLE: tuple[Row, ...] = (
     _row("embed", "model.embed_tokens.weight", (VOCAB, HIDDEN), HIDDEN),
     _row("layers.{}.attn_norm", "model.layers.{}.input_layernorm.weight", (HIDDEN,), HIDDEN),
     _row("layers.{}.q", "model.layers.{}.self_attn.q_proj.weight", (HEADS, HIDDEN)),
@@ -89,7 +89,7 @@ MATRICES = tuple(row for row in LAYER_TABLE if len(row.dims) == 2)
 _TIED_NORM = _row("norm", "model.norm.weight", (HIDDEN,))
 
 
-def table(tied: bool) -> tuple[Param, ...]:
+def table(tied: bool) -> tuple[Row, ...]:
     """The rows of a model with tied or untied embeddings."""
     if not tied:
         return TABLE
@@ -97,10 +97,10 @@ def table(tied: bool) -> tuple[Param, ...]:
 
 
 @dataclass(frozen=True)
-class Named:
+class Param:
     """One parameter of a concrete model: its row, its layer (None outside the layers) and its global size."""
 
-    row: Param
+    row: Row
     layer: int | None
     size: tuple[int, ...]
 
@@ -113,15 +113,15 @@ class Named:
         return self.row.hf.format(self.layer)
 
 
-def named(shape: Shape) -> Iterator[Named]:
+def params(shape: Shape) -> Iterator[Param]:
     """Every parameter of a model of ``shape``, embedding first, layer by layer, head last."""
     rows = table(shape.tied)
-    yield from (Named(row, None, row.size(shape)) for row in rows if row.name == "embed")
+    yield from (Param(row, None, row.size(shape)) for row in rows if row.name == "embed")
     for layer in range(shape.layers):
-        yield from (Named(row, layer, row.size(shape)) for row in rows if row.in_layer)
-    yield from (Named(row, None, row.size(shape)) for row in rows if row.name in ("norm", "lm_head"))
+        yield from (Param(row, layer, row.size(shape)) for row in rows if row.in_layer)
+    yield from (Param(row, None, row.size(shape)) for row in rows if row.name in ("norm", "lm_head"))
 
 
 def count(shape: Shape) -> int:
     """Number of parameters of a model of ``shape``."""
-    return sum(prod(param.size) for param in named(shape))
+    return sum(prod(param.size) for param in params(shape))

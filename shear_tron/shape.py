@@ -47,16 +47,16 @@ class Shape:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs, use an even number")
 
     @property
-    def queries(self) -> int:
+    def heads_per_group(self) -> int:
         """Query heads in each key-value group."""
         return self.heads // self.kv_heads
 
     def require_target(self, target: "Shape") -> None:
         """Raise ValueError unless ``target`` can be cut out of this shape."""
-        for name in ("hidden", "layers", "kv_heads", "queries", "ffn"):
+        for name in ("hidden", "layers", "kv_heads", "heads_per_group", "ffn"):
             source, kept = getattr(self, name), getattr(target, name)
             if kept > source:
-                label = "queries per key-value group" if name == "queries" else name
+                label = "query heads per key-value head" if name == "heads_per_group" else name
                 raise ValueError(f"target {label}={kept} is larger than the source's {source}; use at most {source}")
         for name in ("head_dim", "vocab", "tied"):
             source, kept = getattr(self, name), getattr(target, name)
@@ -65,24 +65,3 @@ class Shape:
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embeddings: base frequency and, where ``factor`` is not 1, Llama-3's stretching of long wavelengths."""
-
-    theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A LLaMA model without its weights: sizes and the constants of its forward pass."""
-
-    shape: Shape
-    rope: Rope = Rope()
-    norm_eps: float = 1e-5
-    context: int = 2048

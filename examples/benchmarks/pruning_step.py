@@ -21,15 +21,16 @@ from pathlib import Path
 
 import torch
 
-from shear_tron.config import PruneConfig, TargetConfig
+from shear_tron.architecture import Architecture
+from shear_tron.model.flops import flops
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
-from shear_tron.parallel.pipeline import Gated, Microbatches, build_stages
+from shear_tron.parallel.pipeline import Context, Engine, build_stages
 from shear_tron.parallel.topology import Layout, Topology, start
 from shear_tron.params import BY_LEAF
-from shear_tron.pruning.cost import flops
+from shear_tron.pruning.config import PruneConfig, TargetConfig
 from shear_tron.pruning.gates import LIMIT
-from shear_tron.shape import Architecture, Shape
+from shear_tron.shape import Shape
 from shear_tron.train.pruner import Pruner
 
 ROWS = Path(__file__).with_suffix(".csv")
@@ -109,7 +110,7 @@ def main() -> None:
     topology = start(Layout(), device)
     stages = build_stages(Architecture(shape, context=sequence), topology, "none")
     stages = [shard(stage, Random(shape), topology, torch.float32, compute) for stage in stages]
-    engine = Microbatches(stages, topology, 1, BATCH, sequence, compute)
+    engine = Engine(stages, topology, 1, BATCH, sequence, compute)
     optimizer = torch.optim.AdamW([p for stage in stages for p in stage.parameters()], lr=1e-6, fused=True)
     windows = torch.randint(shape.vocab, (BATCH, sequence + 1), generator=torch.Generator().manual_seed(2)).to(device)
     memory = Memory(device)
@@ -118,7 +119,7 @@ def main() -> None:
         """(seconds, operations next to dense, peak GiB) of a step with ``by``'s masks; None: dense."""
         memory.reset()
         began = time.perf_counter()
-        sampled, gated = by.sample(number, range(1)) if by else ([], [Gated()])
+        sampled, gated = by.sample(number, range(1)) if by else ([], [Context()])
         engine.train(windows[:, :-1], windows[:, 1:], gated)
         if by:
             by.backward(number, sampled, gated)

@@ -20,10 +20,12 @@ import torch
 from small import trained_source, training, write
 from torch import Tensor
 
-from shear_tron.config import TargetConfig, TrainConfig, load
+from shear_tron.config import load
 from shear_tron.parallel import topology
+from shear_tron.pruning.config import TargetConfig
 from shear_tron.pruning.gates import Gates
 from shear_tron.shape import Shape
+from shear_tron.train.config import RunConfig
 from shear_tron.train.loop import Trainer
 from shear_tron.train.plan import claim, inputs, plan, precision
 
@@ -45,7 +47,7 @@ def prune(out: Path, source: Path, balance: int) -> None:
         return
     values = training(out, f"prune{balance}", source, STEPS, BATCH, 1e-4)
     values["prune"] = {"target": TARGET, "warmup_steps": WARMUP, "learning_rate": 1.0, "balance": balance}
-    config = load(TrainConfig, write(out / f"prune{balance}.yaml", values))
+    config = load(RunConfig, write(out / f"prune{balance}.yaml", values))
     planned = plan(config, 1)
     claim(config)
     device, compute = precision(config)
@@ -66,7 +68,7 @@ def prune(out: Path, source: Path, balance: int) -> None:
 def cost(chances: dict[str, Tensor]) -> float:
     """Operations of a mean step over a dense step's, at the sizes of 7B; gates are independent, so means multiply."""
     hidden, layers = chances["hidden"].mean(), chances["layers"]
-    heads, ffn = chances["groups"].mean(-1), chances["ffn"].mean(-1)
+    heads, ffn = chances["kv_heads"].mean(-1), chances["ffn"].mean(-1)
     whole = ATTENTION + FFN + SCORES
     layer = (layers * (hidden * (heads * ATTENTION + ffn * FFN) + heads * SCORES)).mean() * LAYERS
     return float((layer + hidden * HEAD) / (LAYERS * whole + HEAD))
@@ -78,7 +80,7 @@ def wait(chances: dict[str, Tensor], ranks: int, order: dict[str, Tensor] | None
     Means over sampled masks; ``order`` permutes the units first.
     """
     slowest = mean = 0.0
-    for kind, price in (("groups", ATTENTION + SCORES), ("ffn", FFN)):
+    for kind, price in (("kv_heads", ATTENTION + SCORES), ("ffn", FFN)):
         units = chances[kind] if order is None else chances[kind].gather(-1, order[kind])
         draws = torch.rand(16, *units.shape, generator=torch.Generator().manual_seed(0)) < units
         shares = draws.unflatten(-1, (ranks, -1)).double().mean(-1)  # [draw, layer, rank]
@@ -90,7 +92,7 @@ def wait(chances: dict[str, Tensor], ranks: int, order: dict[str, Tensor] | None
 def dealt(chances: dict[str, Tensor], ranks: int) -> dict[str, Tensor]:
     """A permutation of each layer's units that deals them, likeliest open first, to and fro over ``ranks``."""
     found = {}
-    for kind in ("groups", "ffn"):
+    for kind in ("kv_heads", "ffn"):
         ranking = chances[kind].argsort(-1, descending=True).unflatten(-1, (-1, ranks))  # [layer, round, rank]
         ranking[:, 1::2] = ranking[:, 1::2].flip(-1)
         found[kind] = ranking.transpose(-1, -2).flatten(-2)

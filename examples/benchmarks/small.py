@@ -33,9 +33,8 @@ def training(out: Path, name: str, model: Path, steps: int, batch: int, rate: fl
             "steps": steps,
             "batch": batch,
             "micro_batch": batch,
-            "learning_rate": rate,
-            "warmup_steps": steps // 20,
         },
+        "optimizer": {"learning_rate": rate, "warmup_steps": steps // 20},
     }
 
 

@@ -62,8 +62,8 @@ def report(seconds: float) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from shear_tron.checkpoint.huggingface import Weights, read_architecture
-    from shear_tron.model.llama import Stage
-    from shear_tron.params import count, named
+    from shear_tron.model.transformer import Transformer
+    from shear_tron.params import count, params
     from shear_tron.train import metrics
 
     disable_progress_bar()
@@ -71,8 +71,8 @@ def report(seconds: float) -> None:
     theirs = LlamaForCausalLM.from_pretrained(RUNS / "final").eval()
     architecture = read_architecture(RUNS / "final")
     weights = Weights.open(RUNS / "final", architecture)
-    ours = Stage(architecture)
-    ours.load_state_dict({param.name: weights.read(param.name) for param in named(architecture.shape)})
+    ours = Transformer(architecture)
+    ours.load_state_dict({param.name: weights.read(param.name) for param in params(architecture.shape)})
     prompt = tokenizer("The history of the English language", return_tensors="pt").input_ids
     with torch.no_grad():
         difference = (ours(prompt) - theirs(prompt).logits).abs().max().item()

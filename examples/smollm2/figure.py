@@ -10,7 +10,13 @@ import matplotlib.pyplot as plt
 
 from shear_tron.train import metrics
 
-KINDS = {"hidden": "hidden", "layers": "layers", "groups": "key-value groups", "queries": "query heads", "ffn": "ffn"}
+KINDS = {
+    "hidden": "hidden",
+    "layers": "layers",
+    "kv_heads": "key-value heads",
+    "heads_per_group": "query heads per group",
+    "ffn": "ffn",
+}
 
 
 def draw(runs: Path) -> Path:

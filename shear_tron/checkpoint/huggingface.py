@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.huggingface_config import TOKEN_IDS, architecture_config, read_architecture
 from shear_tron.checkpoint.safetensors_stream import DTYPES, Entry, Writer, entries, open_file, read_json
-from shear_tron.params import Named, named
-from shear_tron.shape import Architecture
+from shear_tron.params import Param, params
 
 __all__ = ["Weights", "architecture_config", "read_architecture", "write"]
 
@@ -53,7 +53,7 @@ class Weights:
         """
         folder = Path(folder)
         found = entries(folder)
-        parameters = {parameter.hf: parameter for parameter in named(architecture.shape)}
+        parameters = {parameter.hf: parameter for parameter in params(architecture.shape)}
         for hf in found:
             redundant = hf.endswith("rotary_emb.inv_freq") or (hf == "lm_head.weight" and architecture.shape.tied)
             if hf not in parameters and not redundant:
@@ -65,7 +65,7 @@ class Weights:
         return cls(architecture, {parameter.name: found[hf] for hf, parameter in parameters.items()})
 
     def names(self) -> list[str]:
-        """Our names of all tensors, in the order of ``shear_tron.params.named``."""
+        """Our names of all tensors, in the order of ``shear_tron.params.params``."""
         return list(self._entries)
 
     def read(self, name: str) -> Tensor:
@@ -85,7 +85,7 @@ class Weights:
         return part.contiguous()
 
 
-def _check(folder: Path, parameter: Named, found: Mapping[str, Entry]) -> None:
+def _check(folder: Path, parameter: Param, found: Mapping[str, Entry]) -> None:
     entry = found.get(parameter.hf)
     if entry is None:
         raise ValueError(f"{folder} lacks {parameter.hf}, which config.json asks for; fetch the whole folder again")
@@ -158,8 +158,8 @@ def _write_tensors(
     shard_bytes: float,
 ) -> torch.dtype:
     """Write all tensors; returns the dtype they have on disk."""
-    sizes = {parameter.hf: parameter.size for parameter in named(architecture.shape)}
-    hf_names = {parameter.name: parameter.hf for parameter in named(architecture.shape)}
+    sizes = {parameter.hf: parameter.size for parameter in params(architecture.shape)}
+    hf_names = {parameter.name: parameter.hf for parameter in params(architecture.shape)}
     writer: Writer | None = None
     stored = dtype
     for name, tensor in tensors:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from shear_tron.architecture import Architecture, Rope
 from shear_tron.checkpoint.safetensors_stream import read_json
-from shear_tron.shape import Architecture, Rope, Shape
+from shear_tron.shape import Shape
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

@@ -28,9 +28,9 @@ from tqdm import tqdm
 from shear_tron.data import slurm
 from shear_tron.data.duplicates import drop_duplicates
 from shear_tron.data.manifest import Domain, Manifest
-from shear_tron.data.plan import DomainSource, plan
 from shear_tron.data.shards import WORK, Encoding, Read, Receipt, Sign, Task, Tokenise
 from shear_tron.data.stats import stats
+from shear_tron.data.tasks import DomainSource, plan
 from shear_tron.data.tokenizer import Tokenizer
 
 __all__ = ["DomainSource", "PrepareConfig", "prepare", "stats"]

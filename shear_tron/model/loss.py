@@ -3,10 +3,10 @@
 import shear_kernels
 from torch import Tensor
 
-from shear_tron.model.split import Whole
+from shear_tron.model.split import Split
 
 
-def next_token_loss(x: Tensor, head: Tensor, labels: Tensor, split: Whole) -> Tensor:
+def next_token_loss(x: Tensor, head: Tensor, labels: Tensor, split: Split) -> Tensor:
     """Mean loss of each sequence, in nats a token.
 
     x: [tokens, hidden], the final norm's output for all tokens; head: [vocab (this rank's part), hidden];

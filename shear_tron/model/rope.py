@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from shear_tron.shape import Rope
+from shear_tron.architecture import Rope
 
 
 def rope_table(

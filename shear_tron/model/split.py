@@ -1,16 +1,16 @@
 """How the model meets tensor parallelism: the few places where it could be cut.
 
-``Whole`` is a model on one device, where nothing is. ``shear_tron.parallel.tensor.TensorParallel`` overrides it.
+``Split`` is a model on one device, where nothing is. ``shear_tron.parallel.tensor.TensorParallel`` overrides it.
 """
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from shear_tron.params import Param
+from shear_tron.params import Row
 
 
-class Whole:
+class Split:
     """No tensor parallelism: every weight and every token is here."""
 
     rank = 0
@@ -19,7 +19,7 @@ class Whole:
     all_reduce_max: Callable[[Tensor], Tensor] | None = None
     all_reduce_sum: Callable[[Tensor], Tensor] | None = None
 
-    def weight(self, parameter: Tensor, row: Param) -> Tensor:
+    def weight(self, parameter: Tensor, row: Row) -> Tensor:
         """This rank's part of a weight as a plain tensor, its gradient accounted for."""
         return parameter
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from shear_tron.model.llama import Stage
+from shear_tron.model.transformer import Transformer
 from shear_tron.parallel.tensor import TensorParallel
 from shear_tron.parallel.topology import Topology
 from shear_tron.params import BY_LEAF
@@ -20,7 +20,9 @@ class Weights(Protocol):
     def read_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor: ...
 
 
-def shard(stage: Stage, weights: Weights, topology: Topology, dtype: torch.dtype, compute: torch.dtype) -> Stage:
+def shard(
+    stage: Transformer, weights: Weights, topology: Topology, dtype: torch.dtype, compute: torch.dtype
+) -> Transformer:
     """Fill ``stage`` (built on the meta device) from ``weights`` and share it out over the data-parallel ranks.
 
     Never more than one layer's tensor-parallel part is whole in memory. Parameters are stored in ``dtype``; forward and

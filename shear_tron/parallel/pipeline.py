@@ -10,38 +10,38 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
+from shear_tron.architecture import Architecture
+from shear_tron.keep import Keep
 from shear_tron.masks import Masks
-from shear_tron.model.llama import Stage
+from shear_tron.model.transformer import Transformer
 from shear_tron.parallel.tensor import TensorParallel
 from shear_tron.parallel.topology import Topology
-from shear_tron.pruning.select import Keep
-from shear_tron.shape import Architecture
 
 
 @dataclass(frozen=True)
-class Gated:
+class Context:
     """What one microbatch runs under: masks; to leave closed units out, which to keep; where its documents end."""
 
     masks: Masks | None = None
     keep: Keep | None = None
-    documents: Tensor | None = None  # see shear_tron.model.llama.Place
+    documents: Tensor | None = None  # see shear_tron.model.transformer.Positions
 
 
-class PipelinePart(Stage):
+class PipelinePart(Transformer):
     """A stage whose masks wait in a queue: schedules pass tensors only, and call microbatches in order."""
 
-    waiting: Iterator[Gated] = iter(())
+    waiting: Iterator[Context] = iter(())
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
         gated = next(self.waiting)
         return super().forward(x, labels, gated.masks, gated.keep, labels.shape[1], gated.documents)
 
 
-def build_stages(architecture: Architecture, topology: Topology, checkpointing: str) -> list[Stage]:
+def build_stages(architecture: Architecture, topology: Topology, checkpointing: str) -> list[Transformer]:
     """This rank's stages, on the meta device."""
     layout = topology.layout
     split = TensorParallel(topology.mesh["tp"], layout.sequence)
-    kind = Stage if layout.pp == 1 else PipelinePart
+    kind = Transformer if layout.pp == 1 else PipelinePart
     with torch.device("meta"):
         return [
             kind(architecture, layout.layers(number, architecture.shape.layers), split, checkpointing)
@@ -55,7 +55,7 @@ def stage_numbers(topology: Topology) -> list[int]:
     return [topology.pp_rank + turn * layout.pp for turn in range(layout.stages_per_rank)]
 
 
-class Microbatches:
+class Engine:
     """Runs forward and backward of one model over this rank's share of a batch.
 
     Args:
@@ -68,7 +68,7 @@ class Microbatches:
 
     def __init__(
         self,
-        stages: Sequence[Stage],
+        stages: Sequence[Transformer],
         topology: Topology,
         count: int,
         micro_batch: int,
@@ -89,14 +89,14 @@ class Microbatches:
         )
         self.schedule = self._schedule(micro_batch, time) if topology.layout.pp > 1 else None
 
-    def train(self, tokens: Tensor, labels: Tensor, gated: Sequence[Gated] | None) -> Tensor | None:
+    def train(self, tokens: Tensor, labels: Tensor, gated: Sequence[Context] | None) -> Tensor | None:
         """Add the gradients of the mean loss to parameters and masks; return the loss of each sequence.
 
         tokens, labels: [batch, time]; gated: one per microbatch, masks being leaves. The gradient is of the mean over
         this rank's batch; FSDP takes the mean over data-parallel ranks. The losses [batch] are known on ranks that
         hold the last stage, elsewhere the result is None.
         """
-        gated = self._placed(tokens, gated or [Gated()] * self.count)
+        gated = self._placed(tokens, gated or [Context()] * self.count)
         if self.schedule is not None:
             for stage in self.stages:
                 cast(PipelinePart, stage).waiting = iter(gated)
@@ -108,13 +108,13 @@ class Microbatches:
         parts = zip(tokens.chunk(self.count), labels.chunk(self.count), gated, strict=True)
         for number, (rows, wanted, under) in enumerate(parts):
             stage.set_requires_gradient_sync(number == self.count - 1)
-            loss = cast(Stage, stage)(rows, wanted, under.masks, under.keep, documents=under.documents)
+            loss = cast(Transformer, stage)(rows, wanted, under.masks, under.keep, documents=under.documents)
             (loss.mean() / self.count).backward()
             losses.append(loss.detach())
         return torch.cat(losses)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor, gated: Gated) -> Tensor | None:
+    def evaluate(self, tokens: Tensor, labels: Tensor, gated: Context) -> Tensor | None:
         """The loss of each sequence, without gradients; as ``train`` but with the same masks throughout.
 
         Schedules are made for training steps; forward alone needs only messages down the line.
@@ -147,7 +147,7 @@ class Microbatches:
                 work.wait()
         return torch.cat(losses) if losses else None
 
-    def _placed(self, tokens: Tensor, gated: Sequence[Gated]) -> Sequence[Gated]:
+    def _placed(self, tokens: Tensor, gated: Sequence[Context]) -> Sequence[Context]:
         if self.documents is None:
             return gated
         parts = zip(gated, tokens.chunk(self.count), strict=True)
@@ -182,7 +182,7 @@ class Microbatches:
         return Schedule1F1B(parts[0], self.count, mean, scale_grads=False)
 
 
-def on_all_stages(losses: Tensor | None, like: Tensor, topology: Topology) -> Tensor:
+def broadcast_losses(losses: Tensor | None, like: Tensor, topology: Topology) -> Tensor:
     """The last stage's losses [batch], known to every pipeline rank."""
     if topology.layout.pp == 1:
         assert losses is not None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from shear_tron.model.llama import Stage
+from shear_tron.model.transformer import Transformer
 from shear_tron.parallel.topology import Topology
 from shear_tron.params import BY_LEAF
 
@@ -19,7 +19,7 @@ from shear_tron.params import BY_LEAF
 def sum_parts_mean_data(tensors: Sequence[Tensor], topology: Topology) -> None:
     """Replace each rank's share of the gradients of replicated tensors by the gradient, in one flat all-reduce.
 
-    Tensor- and pipeline-parallel ranks saw parts (``Whole.shared`` sees to it), data-parallel ranks saw other data.
+    Tensor- and pipeline-parallel ranks saw parts (``Split.shared`` sees to it), data-parallel ranks saw other data.
     """
     flat = torch.cat([tensor.flatten() for tensor in tensors]).to(topology.device)
     dist.all_reduce(flat)
@@ -29,17 +29,17 @@ def sum_parts_mean_data(tensors: Sequence[Tensor], topology: Topology) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def sum_tied(stages: Iterable[Stage], topology: Topology) -> None:
+def sum_tied(stages: Iterable[Transformer], topology: Topology) -> None:
     """Add up the gradients of the two copies of a tied embedding that a pipeline keeps at its ends."""
-    if topology.ends is None:
+    if topology.tied_embedding_group is None:
         return
     for stage in stages:
         if stage.architecture.shape.tied and (stage.is_first or stage.is_last):
             assert isinstance(stage.embed.grad, DTensor)
-            dist.all_reduce(stage.embed.grad.to_local(), group=topology.ends)
+            dist.all_reduce(stage.embed.grad.to_local(), group=topology.tied_embedding_group)
 
 
-def counted_once(stages: Iterable[Stage]) -> dict[str, nn.Parameter]:
+def counted_once(stages: Iterable[Transformer]) -> dict[str, nn.Parameter]:
     """This rank's parameters by name, less the last stage's copy of a tied embedding."""
     return {
         name: parameter
@@ -49,7 +49,7 @@ def counted_once(stages: Iterable[Stage]) -> dict[str, nn.Parameter]:
     }
 
 
-def clip(stages: Sequence[Stage], limit: float, topology: Topology) -> Tensor:
+def clip(stages: Sequence[Transformer], limit: float, topology: Topology) -> Tensor:
     """Scale all gradients such that their global norm is at most ``limit``. Returns the norm before, 0-d."""
     cut: list[Tensor] = []
     whole: list[Tensor] = []
@@ -66,14 +66,14 @@ def clip(stages: Sequence[Stage], limit: float, topology: Topology) -> Tensor:
     return norm
 
 
-def total(values: Tensor, topology: Topology) -> Tensor:
+def sum_over_data(values: Tensor, topology: Topology) -> Tensor:
     """Sum of ``values`` over the data-parallel ranks. In place."""
     for axis in ("replicate", "shard"):
         dist.all_reduce(values, group=topology.mesh.get_group(axis))
     return values
 
 
-def everywhere(values: Tensor, topology: Topology) -> Tensor:
+def sum_over_ranks(values: Tensor, topology: Topology) -> Tensor:
     """Sum of ``values`` over all ranks, on the CPU; waits for them."""
     values = values.to(topology.device)
     dist.all_reduce(values)

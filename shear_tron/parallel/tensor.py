@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from shear_tron.keep import Keep
 from shear_tron.masks import CUT_KINDS, Masks
-from shear_tron.model.split import Whole
-from shear_tron.params import CUT, Param
-from shear_tron.pruning.select import Keep
+from shear_tron.model.split import Split
+from shear_tron.params import CUT, Row
 from shear_tron.shape import Shape
 
 
-class TensorParallel(Whole):
+class TensorParallel(Split):
     """One rank's view of a model cut by heads, feed-forward columns and vocabulary (and, with ``sequence``, tokens)."""
 
     def __init__(self, mesh: DeviceMesh, sequence: bool) -> None:
@@ -32,7 +32,7 @@ class TensorParallel(Whole):
             self.all_reduce_max = lambda x: _all_reduced(x, dist.ReduceOp.MAX, self.group)
             self.all_reduce_sum = lambda x: _all_reduced(x, dist.ReduceOp.SUM, self.group)
 
-    def weight(self, parameter: Tensor, row: Param) -> Tensor:
+    def weight(self, parameter: Tensor, row: Row) -> Tensor:
         assert isinstance(parameter, DTensor)
         # A norm's weight is whole on every rank; under sequence parallelism each rank saw only its tokens, so its
         # gradient is a part of a sum.
@@ -60,26 +60,26 @@ class TensorParallel(Whole):
             return mask
         return _apply(_ScaleGradient, mask, 1 / self.size)  # every rank has the whole gradient
 
-    def placement(self, row: Param) -> Placement:
+    def placement(self, row: Row) -> Placement:
         return Replicate() if row.cut_axis is None else Shard(row.cut_axis)
 
-    def bounds(self, row: Param, size: tuple[int, ...]) -> tuple[int, int]:
+    def bounds(self, row: Row, size: tuple[int, ...]) -> tuple[int, int]:
         """This rank's (start, stop) along ``row.cut_axis`` of a weight of global ``size``."""
         assert row.cut_axis is not None
         each = size[row.cut_axis] // self.size
         return self.rank * each, (self.rank + 1) * each
 
-    def parameter(self, part: Tensor, row: Param) -> nn.Parameter:
+    def parameter(self, part: Tensor, row: Row) -> nn.Parameter:
         """The parameter of which this rank holds ``part``."""
         return nn.Parameter(DTensor.from_local(part, self.mesh, [self.placement(row)], run_check=False))
 
 
 def keep_part(
-    masks: Masks, shape: Shape, rank: int, size: int, multiple: int, device: torch.device, whole: float = 1.0
+    masks: Masks, shape: Shape, rank: int, size: int, pad_to: int, device: torch.device, whole: float = 1.0
 ) -> Keep:
     """``Keep.of`` among the heads and columns of tensor-parallel ``rank`` of ``size``, of a model of ``shape``."""
     own = {kind: mask.chunk(size, dim=1)[rank] if kind in CUT_KINDS else mask for kind, mask in masks.items()}
-    return Keep.of(Masks(**own), shape_of_part(shape, size), multiple, device, whole)
+    return Keep.of(Masks(**own), shape_of_part(shape, size), pad_to, device, whole)
 
 
 def shape_of_part(shape: Shape, size: int) -> Shape:

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from shear_tron.config import ConfigError, OptimConfig, ParallelConfig
+from shear_tron.config import ConfigError
+from shear_tron.parallel.config import ParallelConfig
 from shear_tron.params import Dim
 from shear_tron.shape import Shape, divisors, require_split
 
@@ -113,7 +114,7 @@ class Topology:
         return self.mesh["replicate", "shard"] if self.layout.replicate > 1 else self.mesh["shard"]
 
     @cached_property
-    def ends(self) -> dist.ProcessGroup | None:
+    def tied_embedding_group(self) -> dist.ProcessGroup | None:
         """The first and last pipeline rank of this rank's column, or None where this rank is neither or both."""
         if self.layout.pp == 1:
             return None
@@ -137,8 +138,9 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def choose_device(config: OptimConfig) -> torch.device:
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+def choose_device(wanted: str) -> torch.device:
+    """The device of ``wanted``: "auto", "cpu" or "cuda"; ConfigError where CUDA is wanted and there is none."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("train.device=cuda, but no CUDA device is visible; use device=auto or cpu")

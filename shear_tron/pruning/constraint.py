@@ -102,11 +102,11 @@ def _matrix_parameters(shape: Shape) -> int:
 def _expected_matrix_parameters(expected: Masks, shape: Shape) -> Tensor:
     """Mean number of parameters that act in the layers' matrices, 0-d. Gates are independent, so means multiply."""
     full = {kind: torch.ones(size) for kind, size in sizes(shape).items()} | dict(expected.items())
-    groups = full["groups"].sum(-1)  # [layers], as are the next two
+    kv_heads = full["kv_heads"].sum(-1)  # [layers], as are the next two
     length = {
         Dim.HIDDEN: full["hidden"].sum(),
-        Dim.HEADS: groups * full["queries"].sum(-1) * shape.head_dim,
-        Dim.KV_HEADS: groups * shape.head_dim,
+        Dim.HEADS: kv_heads * full["heads_per_group"].sum(-1) * shape.head_dim,
+        Dim.KV_HEADS: kv_heads * shape.head_dim,
         Dim.FFN: full["ffn"].sum(-1),
     }
     in_layer = sum(length[row.dims[0]] * length[row.dims[1]] for row in MATRICES)

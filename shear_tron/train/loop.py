@@ -15,13 +15,14 @@ from shear_tron.data.sampler import Batches, Sampler, held_out
 from shear_tron.data.tokens import document_ends
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
-from shear_tron.parallel.pipeline import Gated, Microbatches, build_stages, on_all_stages
+from shear_tron.parallel.pipeline import Context, Engine, broadcast_losses, build_stages
 from shear_tron.parallel.topology import Topology
-from shear_tron.train.cost import StepCost
 from shear_tron.train.metrics import Log
+from shear_tron.train.optimizer import adamw, moments, start_moments
 from shear_tron.train.plan import CONFIG, Inputs, Plan
-from shear_tron.train.pruner import Pruner, moments, start_moments
+from shear_tron.train.pruner import Pruner
 from shear_tron.train.schedule import learning_rate_factor
+from shear_tron.train.speed import StepCost
 
 REFERENCES = "reference_losses.json"
 
@@ -35,7 +36,7 @@ class Trainer:
         train = self.config.train
         stages = build_stages(plan.architecture, topology, train.activation_checkpointing)
         self.stages = [shard(stage, inputs.weights, topology, torch.float32, compute) for stage in stages]
-        self.engine = Microbatches(
+        self.engine = Engine(
             self.stages,
             topology,
             plan.microbatches,
@@ -44,13 +45,8 @@ class Trainer:
             compute,
             self._document_ends if self.config.data.document_masking else None,
         )
-        self.optimizer = torch.optim.AdamW(
-            [parameter for stage in self.stages for parameter in stage.parameters()],
-            lr=train.learning_rate,
-            betas=train.betas,
-            eps=train.eps,
-            weight_decay=train.weight_decay,
-            fused=True,
+        self.optimizer = adamw(
+            (parameter for stage in self.stages for parameter in stage.parameters()), self.config.optimizer
         )
         self.pruner: Pruner | None = None
         self.cost: StepCost | None = None
@@ -71,7 +67,7 @@ class Trainer:
 
     def fit(self) -> dict[str, float]:
         """Train to the last step, from the newest checkpoint if there is one. Returns final held-out losses."""
-        train, data = self.config.train, self.config.data
+        train, data, every = self.config.train, self.config.data, self.config.checkpoint.every
         resumed = self._resume()
         log = Log(self.run, self.step, train.steps, self._title(), self.topology.is_main)
         if resumed:
@@ -97,9 +93,9 @@ class Trainer:
                 elif data.evaluate_every and self.step % data.evaluate_every == 0:
                     line["held_out"] = self.evaluate(self._current())
                 self._tell(log, line)
-                if train.checkpoint_every and self.step % train.checkpoint_every == 0:
+                if every and self.step % every == 0:
                     self._save(batches)
-            losses = self.evaluate(self.pruner.decided(final=True) if self.pruner else Gated())
+            losses = self.evaluate(self.pruner.decided(final=True) if self.pruner else Context())
             if not resumed or self.step > resumed:
                 line["held_out"] = losses
                 self._tell(log, line)
@@ -111,7 +107,8 @@ class Trainer:
 
     def _update(self, batches: Batches) -> dict[str, Any]:
         """One step: forward and backward of every microbatch, then weights and masks move. Returns its log line."""
-        start, train, dp_rank = time.perf_counter(), self.config.train, self.topology.dp_rank
+        start, dp_rank = time.perf_counter(), self.topology.dp_rank
+        train, optimizer = self.config.train, self.config.optimizer
         windows, domains = batches.next()
         waited = time.perf_counter() - start
         windows = windows.to(self.topology.device, non_blocking=True)
@@ -127,10 +124,10 @@ class Trainer:
             report |= self.pruner.backward(self.step, sampled, gated)
         pruned_seconds = time.perf_counter() - began
         sync.sum_tied(self.stages, self.topology)
-        norm = sync.clip(self.stages, train.clip, self.topology)
-        factor = learning_rate_factor(self.step, train.steps, train.warmup_steps, train.min_learning_rate)
+        norm = sync.clip(self.stages, optimizer.clip, self.topology)
+        factor = learning_rate_factor(self.step, train.steps, optimizer.warmup_steps, optimizer.min_learning_rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = train.learning_rate * factor
+            group["lr"] = optimizer.learning_rate * factor
         if self.pruner:
             self.pruner.step(factor)
         self.optimizer.step()
@@ -138,7 +135,9 @@ class Trainer:
         by_domain, counts = self._by_domain(losses, domains)
         loss = float((by_domain * counts).nansum() / counts.sum())
         if not torch.isfinite(torch.tensor(loss)):
-            raise FloatingPointError(f"loss={loss} at step {self.step}; lower train.learning_rate or check the data")
+            raise FloatingPointError(
+                f"loss={loss} at step {self.step}; lower optimizer.learning_rate or check the data"
+            )
         assert self.mixture is not None
         seconds = time.perf_counter() - start
         if self.cost and sampled and gated:
@@ -149,14 +148,14 @@ class Trainer:
             "domain_loss": self._named(by_domain),
             "weights": dict(zip(self.inputs.names, self.mixture.weights.tolist(), strict=True)),
             "gradient_norm": float(norm),
-            "learning_rate": train.learning_rate * factor,
+            "learning_rate": optimizer.learning_rate * factor,
             **report,
             "seconds": seconds,
             "data_seconds": waited,  # of them, waiting for the batch
             "tokens_per_second": train.batch * self.config.data.sequence / seconds,
         }
 
-    def evaluate(self, gated: Gated) -> dict[str, float]:
+    def evaluate(self, gated: Context) -> dict[str, float]:
         """Held-out loss of each domain, nats a token, the same on all ranks."""
         layout, dp_rank = self.topology.layout, self.topology.dp_rank
         share = self.config.train.batch // layout.dp
@@ -181,7 +180,7 @@ class Trainer:
         sums = torch.zeros(2, len(self.inputs.names), dtype=torch.float64)
         sums[0].index_add_(0, domains, losses.double().cpu())
         sums[1].index_add_(0, domains, torch.ones_like(domains, dtype=torch.float64))
-        sums = sync.total(sums.to(self.topology.device), self.topology).cpu()
+        sums = sync.sum_over_data(sums.to(self.topology.device), self.topology).cpu()
         return sums[0] / sums[1], sums[1]
 
     def _named(self, by_domain: Tensor) -> dict[str, float]:
@@ -190,10 +189,10 @@ class Trainer:
 
     def _everywhere(self, losses: Tensor | None, sequences: int) -> Tensor:
         like = torch.empty(sequences, dtype=torch.float32, device=self.topology.device)
-        return on_all_stages(losses, like, self.topology)
+        return broadcast_losses(losses, like, self.topology)
 
-    def _current(self) -> Gated:
-        return self.pruner.decided(final=False) if self.pruner else Gated()
+    def _current(self) -> Context:
+        return self.pruner.decided(final=False) if self.pruner else Context()
 
     def _document_ends(self, tokens: Tensor) -> Tensor:
         return document_ends(tokens, self.inputs.manifest.separator, self.inputs.manifest.bos)
@@ -204,7 +203,7 @@ class Trainer:
     def _start_mixture(self, log: Log) -> Mixture:
         references = self.inputs.references
         if self.config.data.reference_losses == "source":
-            references = self.evaluate(Gated())
+            references = self.evaluate(Context())
             log.say("reference losses measured from the source: " + _listed(references))
         if self.topology.is_main and references:
             (self.run / REFERENCES).write_text(json.dumps(references, indent=1) + "\n")
@@ -241,7 +240,7 @@ class Trainer:
             "mixture": self.mixture.state(),
             "references": self.mixture.references,
         }
-        sharded.save(self.run, self.step, self._tensors(), progress, self.config.train.keep_checkpoints)
+        sharded.save(self.run, self.step, self._tensors(), progress, self.config.checkpoint.keep)
 
     def _resume(self) -> int:
         """Go on from the newest checkpoint. Returns its step; 0 where there is none."""

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from shear_tron.checkpoint import huggingface, sharded
-from shear_tron.config import TrainConfig, load
-from shear_tron.params import count, named
-from shear_tron.pruning import select
+from shear_tron.config import load
+from shear_tron.params import count, params
+from shear_tron.pruning.extract import extract as dense_model
 from shear_tron.pruning.gates import Gates
+from shear_tron.train.config import RunConfig
 from shear_tron.train.plan import CONFIG
 
 
@@ -26,7 +27,7 @@ def extract(run: Path, output: str, step: int | None, dtype: str) -> str:
     target = config.prune.target.shape(source.shape)
     gates = Gates(source.shape, target, balance=config.prune.balance)
     gates.load_state_dict({kind: checkpoint.read(f"gates.{kind}") for kind in gates.logits})
-    shape, tensors = select.extract(checkpoint.read, gates.decide(), source.shape)
+    shape, tensors = dense_model(checkpoint.read, gates.decide(), source.shape)
     huggingface.write(
         output, replace(source, shape=shape), tensors, dtype=getattr(torch, dtype), tokenizer_from=config.model
     )
@@ -39,14 +40,14 @@ def export(run: Path, output: str, step: int | None, dtype: str) -> str:
     if config.prune is not None:
         raise ValueError(f"{run} is a pruning run; use `shear-tron extract {run} {output}`")
     architecture = huggingface.read_architecture(config.model)
-    tensors = ((param.name, checkpoint.read(param.name)) for param in named(architecture.shape))
+    tensors = ((param.name, checkpoint.read(param.name)) for param in params(architecture.shape))
     huggingface.write(output, architecture, tensors, dtype=getattr(torch, dtype), tokenizer_from=config.model)
     return f"{output}: {count(architecture.shape):,} parameters, {architecture.shape}"
 
 
-def _open(run: Path, step: int | None) -> tuple[TrainConfig, sharded.Reader]:
+def _open(run: Path, step: int | None) -> tuple[RunConfig, sharded.Reader]:
     checkpoint = sharded.latest(run) if step is None else sharded.path(run, step)
     if checkpoint is None or not checkpoint.exists():
         have = ", ".join(sorted(path.name for path in (run / "checkpoints").glob("step-????????"))) or "none"
         raise ValueError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; it has {have}")
-    return load(TrainConfig, run / CONFIG), sharded.Reader(checkpoint)
+    return load(RunConfig, run / CONFIG), sharded.Reader(checkpoint)

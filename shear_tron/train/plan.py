@@ -6,21 +6,23 @@ from pathlib import Path
 import torch
 import yaml
 
+from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.huggingface import Weights, architecture_config, read_architecture
-from shear_tron.config import ConfigError, TrainConfig
+from shear_tron.config import ConfigError
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.mixture import Mixture
 from shear_tron.parallel.topology import Layout, choose_device
 from shear_tron.pruning.gates import Gates
-from shear_tron.shape import Architecture, Shape
+from shear_tron.shape import Shape
+from shear_tron.train.config import RunConfig
 
 CONFIG = "config.yaml"
 
 # Keys in which a run may differ from the config saved in its folder when it goes on.
 MAY_CHANGE = (
     "run", "parallel", "train.steps", "train.device", "train.activation_checkpointing", "train.log_every",
-    "train.checkpoint_every", "train.keep_checkpoints", "prune.compact", "prune.multiple", "data.evaluate_every",
+    "checkpoint.every", "checkpoint.keep", "prune.compact", "prune.pad_to", "data.evaluate_every",
 )  # fmt: skip
 
 
@@ -28,7 +30,7 @@ MAY_CHANGE = (
 class Plan:
     """A run that fits together."""
 
-    config: TrainConfig
+    config: RunConfig
     architecture: Architecture
     target: Shape | None  # of pruning
     layout: Layout
@@ -50,7 +52,7 @@ class Inputs:
     references: dict[str, float] | None  # losses of the domains; None: measured from the model, or none wanted
 
 
-def plan(config: TrainConfig, world: int) -> Plan:
+def plan(config: RunConfig, world: int) -> Plan:
     """Check sizes against each other. Reads no more than the model's config.json. Raises ValueError in one line."""
     architecture = read_architecture(config.model)
     target = None
@@ -106,16 +108,16 @@ def _references(given: dict[str, float] | str | None) -> dict[str, float] | None
         ) from None
 
 
-def precision(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
+def precision(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     """The device, and the dtype of forward and backward. Weights and optimizer are float32."""
-    device = choose_device(config.train)
+    device = choose_device(config.train.device)
     chosen = config.train.precision
     if chosen == "auto":
         chosen = "bfloat16" if device.type == "cuda" else "float32"
     return device, torch.bfloat16 if chosen == "bfloat16" else torch.float32
 
 
-def claim(config: TrainConfig) -> None:
+def claim_run_folder(config: RunConfig) -> None:
     """Check that the run's folder is free or holds an earlier part of this very run. ConfigError if not."""
     saved = Path(config.run) / CONFIG
     if not saved.exists():

@@ -5,20 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shear_tron.config import PruneConfig
+from shear_tron.keep import Keep
 from shear_tron.masks import Masks
 from shear_tron.parallel import sync
-from shear_tron.parallel.pipeline import Gated
+from shear_tron.parallel.pipeline import Context
 from shear_tron.parallel.tensor import keep_part
 from shear_tron.parallel.topology import Topology
+from shear_tron.pruning.config import PruneConfig
 from shear_tron.pruning.constraint import Constraint, parameter_groups
 from shear_tron.pruning.gates import Gates
-from shear_tron.pruning.select import Keep
 from shear_tron.shape import Shape
+from shear_tron.train.optimizer import moments, start_moments
 
 # Kept counts are padded up to a multiple of this: what matrix units like. On 2 CPU cores at hidden 1024, gates halfway,
 # forward and backward took 8.2 s unpadded, 6.2 s at 16 and 6.5 s at 64 (gates closed: 2.6, 2.2 and 2.4 s).
-MULTIPLE = {"cuda": 64, "cpu": 16}
+PAD_TO = {"cuda": 64, "cpu": 16}
 # Copying so large a share costs more than the rest saves: 3 % of a step with all gates open.
 WHOLE = 15 / 16
 
@@ -41,21 +42,21 @@ class Pruner:
     ) -> None:
         self.topology, self.source = topology, source
         self.compact = config.compact
-        self.multiple = config.multiple or MULTIPLE[topology.device.type]
+        self.pad_to = config.pad_to or PAD_TO[topology.device.type]
         self.gates = Gates(source, target, seed, dtype, config.balance)
         self.constraint = Constraint(source, target, config.warmup_steps, dtype)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.gates, self.constraint, config.learning_rate))
         self.rate = config.learning_rate
 
-    def sample(self, step: int, microbatches: range) -> tuple[list[Masks], list[Gated]]:
+    def sample(self, step: int, microbatches: range) -> tuple[list[Masks], list[Context]]:
         """Masks of microbatches of the global batch, on the host with a graph and, as leaves, on the device."""
         sampled = [self.gates.sample(step, number) for number in microbatches]
-        return sampled, [Gated(masks.map(self._leaf), self._keep(masks)) for masks in sampled]
+        return sampled, [Context(masks.map(self._leaf), self._keep(masks)) for masks in sampled]
 
-    def decided(self, final: bool) -> Gated:
+    def decided(self, final: bool) -> Context:
         """The masks of evaluations: those of the target's counts, or of the counts expected by now."""
         masks = self.gates.decide() if final else self.gates.decide_expected()
-        return Gated(masks.map(lambda mask: mask.to(self.topology.device)), self._keep(masks))
+        return Context(masks.map(lambda mask: mask.to(self.topology.device)), self._keep(masks))
 
     def _leaf(self, mask: Tensor) -> Tensor:
         return mask.detach().to(self.topology.device, copy=True).requires_grad_()
@@ -64,9 +65,9 @@ class Pruner:
         layout, rank = self.topology.layout, self.topology.tp_rank
         if not self.compact:
             return None
-        return keep_part(masks, self.source, rank, layout.tp, self.multiple, self.topology.device, WHOLE)
+        return keep_part(masks, self.source, rank, layout.tp, self.pad_to, self.topology.device, WHOLE)
 
-    def backward(self, step: int, sampled: Sequence[Masks], gated: Sequence[Gated]) -> dict[str, float]:
+    def backward(self, step: int, sampled: Sequence[Masks], gated: Sequence[Context]) -> dict[str, float]:
         """Set the gradients of logits and multipliers. Returns the constraint's report."""
         self.optimizer.zero_grad()
         for logits in self.gates.logits.values():
@@ -97,32 +98,11 @@ class Pruner:
         found = {}
         for kind, logits in self.gates.logits.items():
             found[f"gates.{kind}"] = logits.detach()
-            found |= _moments(self.optimizer, logits, f"gates.{kind}")
+            found |= moments(self.optimizer, {f"gates.{kind}": logits})
         for kind, pair in self.constraint.multipliers.items():
             found[f"multipliers.{kind}"] = pair.detach()
-            found |= _moments(self.optimizer, pair, f"multipliers.{kind}")
+            found |= moments(self.optimizer, {f"multipliers.{kind}": pair})
         return found
 
     def begin_at(self, step: int) -> None:
         start_moments(self.optimizer, step)
-
-
-def start_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Give every parameter Adam's state after ``step`` updates, moments zero: what a checkpoint fills."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
-
-
-def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -> dict[str, Tensor]:
-    state = optimizer.state[parameter]
-    return {f"adam.{name}.{moment}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
-
-
-def moments(optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    """Adam's moments of named parameters, by the name they have in a checkpoint."""
-    return {key: value for name, p in named.items() for key, value in _moments(optimizer, p, name).items()}

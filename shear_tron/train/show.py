@@ -2,16 +2,16 @@
 
 from math import prod
 
-from shear_tron.config import TrainConfig
-from shear_tron.params import count, named
+from shear_tron.params import count, params
 from shear_tron.shape import Shape
+from shear_tron.train.config import RunConfig
 from shear_tron.train.plan import Plan, plan
 
 # float32 weight, gradient and two moments of Adam
 BYTES_PER_PARAMETER = 16
 
 
-def show(config: TrainConfig, world: int | None = None) -> str:
+def show(config: RunConfig, world: int | None = None) -> str:
     """The dry run of ``config`` on ``world`` ranks (default: the fewest that its layout can have), as text.
 
     Raises ValueError, as training would, where something does not fit.
@@ -61,7 +61,7 @@ def held_parameters(plan: Plan, stages: list[int]) -> int:
     layout, shape = plan.layout, plan.architecture.shape
     last = layout.pp * layout.stages_per_rank - 1
     total = 0
-    for param in named(shape):
+    for param in params(shape):
         if param.layer is not None:
             here = any(param.layer in layout.layers(stage, shape.layers) for stage in stages)
         elif param.row.name == "embed":

@@ -8,12 +8,13 @@ import torch
 from ranks import run
 from torch import Tensor, nn
 
+from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import sharded
-from shear_tron.model.llama import Stage
+from shear_tron.model.transformer import Transformer
 from shear_tron.parallel.data import shard
 from shear_tron.parallel.pipeline import build_stages
 from shear_tron.parallel.topology import Layout, start
-from shear_tron.shape import Architecture, Shape
+from shear_tron.shape import Shape
 from shear_tron.train.pruner import moments, start_moments
 
 SHAPE = Shape(hidden=24, layers=4, heads=8, kv_heads=4, head_dim=6, ffn=20, vocab=42)
@@ -31,7 +32,7 @@ class Numbered:
     """Weights that anyone can recompute: different in every entry of every tensor."""
 
     def __init__(self, shape: Shape, scale: float) -> None:
-        model = Stage(Architecture(shape))
+        model = Transformer(Architecture(shape))
         self.weights = {
             name: (torch.arange(p.numel()).view(p.shape) + 1000 * place) * scale
             for place, (name, p) in enumerate(model.named_parameters())

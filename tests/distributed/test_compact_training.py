@@ -18,14 +18,15 @@ from ranks import run
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shear_tron.config import PruneConfig, TargetConfig
+from shear_tron.architecture import Architecture
 from shear_tron.masks import KINDS
-from shear_tron.model.llama import Stage
+from shear_tron.model.transformer import Transformer
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
-from shear_tron.parallel.pipeline import Microbatches, build_stages, on_all_stages
+from shear_tron.parallel.pipeline import Engine, broadcast_losses, build_stages
 from shear_tron.parallel.topology import Layout, Topology, start
-from shear_tron.shape import Architecture, Shape
+from shear_tron.pruning.config import PruneConfig, TargetConfig
+from shear_tron.shape import Shape
 from shear_tron.train.pruner import WHOLE, Pruner
 
 SOURCE = Shape(hidden=24, layers=4, heads=8, kv_heads=4, head_dim=6, ffn=20, vocab=40, tied=True)
@@ -62,7 +63,7 @@ class InMemory:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        model = Stage(Architecture(SOURCE)).double()
+        model = Transformer(Architecture(SOURCE)).double()
         for name, parameter in model.named_parameters():
             nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
         self.weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -84,7 +85,7 @@ def train(prune: PruneConfig, topology: Topology) -> Result:
     stages = [shard(stage, InMemory(), topology, torch.float64, torch.float64) for stage in stages]
     share, dp_rank = BATCH // topology.layout.dp, topology.dp_rank
     count = share // MICRO_BATCH
-    engine = Microbatches(stages, topology, count, MICRO_BATCH, TIME, torch.float64)
+    engine = Engine(stages, topology, count, MICRO_BATCH, TIME, torch.float64)
     parameters = [parameter for stage in stages for parameter in stage.parameters()]
     # Weight decay tells a gradient of zero, which decays the weight and the moments, from no gradient at all.
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
@@ -106,7 +107,7 @@ def train(prune: PruneConfig, topology: Topology) -> Result:
             for under in gated
         ]
         seen = {f"masks.{kind}": torch.stack([getattr(masks, kind).detach() for masks in sampled]) for kind in KINDS}
-        seen["losses"] = on_all_stages(losses, torch.empty(share, dtype=torch.float64), topology)
+        seen["losses"] = broadcast_losses(losses, torch.empty(share, dtype=torch.float64), topology)
         way.append(seen | {"width": torch.tensor(widths)})
     result = {name: torch.stack([seen[name] for seen in way]) for name in way[0]}
     for stage in stages:

@@ -13,16 +13,17 @@ from ranks import run
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from shear_tron.architecture import Architecture
 from shear_tron.data.tokens import document_ends
+from shear_tron.keep import Keep
 from shear_tron.masks import Masks, sizes
-from shear_tron.model.llama import Stage
+from shear_tron.model.transformer import Transformer
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
-from shear_tron.parallel.pipeline import Gated, Microbatches, build_stages, on_all_stages
+from shear_tron.parallel.pipeline import Context, Engine, broadcast_losses, build_stages
 from shear_tron.parallel.tensor import keep_part
 from shear_tron.parallel.topology import Layout, Topology, start
-from shear_tron.pruning.select import Keep
-from shear_tron.shape import Architecture, Shape
+from shear_tron.shape import Shape
 
 SHAPE = Shape(hidden=24, layers=4, heads=8, kv_heads=4, head_dim=6, ffn=20, vocab=40)
 BATCH, MICRO_BATCH, TIME = 8, 1, 6
@@ -67,7 +68,7 @@ class Case:
     @property
     def weights(self) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        model = Stage(Architecture(self.shape)).double()
+        model = Transformer(Architecture(self.shape)).double()
         for name, parameter in model.named_parameters():
             nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -117,7 +118,7 @@ Result = dict[str, Tensor]
 
 def alone(case: Case) -> Result:
     """One process, no engine: the model, autograd, and arithmetic anyone can check."""
-    model = Stage(Architecture(case.shape)).double()
+    model = Transformer(Architecture(case.shape)).double()
     model.load_state_dict(case.weights)
     tokens, labels = case.batch
     masks = [case.masks(number) for number in range(BATCH)]
@@ -157,20 +158,20 @@ def _together(case: Case, layout: Layout) -> Result:
     stages = [shard(stage, InMemory(case.weights), topology, torch.float64, torch.float64) for stage in stages]
     count = BATCH // MICRO_BATCH // layout.dp
     documents = ends if case.documents else None
-    engine = Microbatches(stages, topology, count, MICRO_BATCH, TIME, torch.float64, documents)
+    engine = Engine(stages, topology, count, MICRO_BATCH, TIME, torch.float64, documents)
     tokens, labels = (x.chunk(layout.dp)[topology.dp_rank] for x in case.batch)
     masks = [case.masks(topology.dp_rank * count + number) for number in range(count)]
-    gated = [Gated(under, keep(under, case, topology)) for under in masks]
+    gated = [Context(under, keep(under, case, topology)) for under in masks]
     result: Result = {}
-    evaluated = on_all_stages(
-        engine.evaluate(tokens, labels, Gated()), tokens.new_empty(len(tokens), dtype=torch.float64), topology
+    evaluated = broadcast_losses(
+        engine.evaluate(tokens, labels, Context()), tokens.new_empty(len(tokens), dtype=torch.float64), topology
     )
-    losses = on_all_stages(
+    losses = broadcast_losses(
         engine.train(tokens, labels, gated),
         torch.empty(len(tokens), dtype=torch.float64),
         topology,
     )
-    again = on_all_stages(engine.evaluate(tokens, labels, gated[0]), torch.empty_like(losses), topology)
+    again = broadcast_losses(engine.evaluate(tokens, labels, gated[0]), torch.empty_like(losses), topology)
     assert again.shape == evaluated.shape == losses.shape
     result["losses"] = losses
     result["dp_rank"] = torch.tensor(topology.dp_rank)

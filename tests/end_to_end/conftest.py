@@ -8,10 +8,11 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.huggingface import write
 from shear_tron.data.prepare import DomainSource, PrepareConfig, prepare
-from shear_tron.params import named
-from shear_tron.shape import Architecture, Shape
+from shear_tron.params import params
+from shear_tron.shape import Shape
 
 SHAPE = Shape(hidden=48, layers=4, heads=12, kv_heads=4, head_dim=8, ffn=64, vocab=320)
 TARGET = {"hidden": 32, "layers": 2, "heads": 8, "kv_heads": 4, "ffn": 32}
@@ -62,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(
         folder / "model",
         Architecture(SHAPE, context=64),
-        ((param.name, value(param.name, param.size)) for param in named(SHAPE)),
+        ((param.name, value(param.name, param.size)) for param in params(SHAPE)),
         tokenizer_from=folder / "tokenizer",
     )
     prepare(
@@ -84,7 +85,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "reference_losses": "source",
             "evaluate_windows": 6,
         },
-        "train": {"steps": 14, "batch": 8, "micro_batch": 1, "learning_rate": 1e-3, "checkpoint_every": 5},
+        "train": {"steps": 14, "batch": 8, "micro_batch": 1},
+        "optimizer": {"learning_rate": 1e-3},
+        "checkpoint": {"every": 5},
         "prune": {"target": TARGET, "warmup_steps": 6},
     }
     (folder / "prune.yaml").write_text(yaml.safe_dump(config))

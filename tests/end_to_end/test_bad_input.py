@@ -27,7 +27,7 @@ def other_tokenizer(folder: Path) -> None:
 
 OVERRIDES = {
     "target larger than source": (["prune.target.hidden=64"], "target hidden=64 is larger than the source's 48"),
-    "target heads larger": (["prune.target.heads=16"], "queries per key-value group=4 is larger"),
+    "target heads larger": (["prune.target.heads=16"], "query heads per key-value head=4 is larger"),
     "heads do not split over tp": (["parallel.tp=3"], "kv_heads=4 does not split over tp=3; use tp of 1, 2, 4"),
     "layers do not split over pp": (["parallel.pp=3"], "layers=4 does not split over pp * stages=3"),
     "world size": (["parallel.dp=4"], "world size 1 does not match parallel: pp=1 x dp=4 x tp=1; start 4 processes"),

@@ -78,7 +78,7 @@ def test_a_model_is_pruned_extracted_continued_and_exported(pruned: Path, world:
 def test_extracting_changes_nothing(pruned: Path, world: Path, tmp_path: Path) -> None:
     """The dense model's held-out loss is the masked model's, as the pruning run measured it."""
     assert cli.main(["extract", str(pruned), str(tmp_path / "small")]) == 0
-    measured = ["prune=null", "train.steps=1", "train.learning_rate=1e-12", "data.update_every=0"]
+    measured = ["prune=null", "train.steps=1", "optimizer.learning_rate=1e-12", "data.update_every=0"]
     train(world / "prune.yaml", f"run={tmp_path}/measure", f"model={tmp_path}/small", *measured)
     masked, dense = (metrics.read(folder)[-1]["held_out"] for folder in (pruned, tmp_path / "measure"))
     assert dense == pytest.approx(masked, abs=1e-5)
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(
     """Halfway in one layout, the other half in another: the run is the one that never stopped, up to rounding."""
     for layout, steps in ((first, 10), (second, 14)):
         ranks, overrides = LAYOUTS[layout]
-        checkpoints = ["train.checkpoint_every=10"]
+        checkpoints = ["checkpoint.every=10"]
         run(ranks, stop_after, str(world / "prune.yaml"), steps, [f"run={tmp_path}/run", *checkpoints, *overrides])
     for before, after in zip(metrics.read(pruned), metrics.read(tmp_path / "run"), strict=True):
         assert after["loss"] == pytest.approx(before["loss"], abs=2e-4)

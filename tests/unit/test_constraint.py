@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from shear_tron.masks import KINDS, sizes
-from shear_tron.params import LAYER_TABLE, named
+from shear_tron.params import LAYER_TABLE, params
 from shear_tron.pruning.constraint import Constraint, parameter_groups
 from shear_tron.pruning.gates import LIMIT, Gates
 from shear_tron.shape import Shape
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "hard_concrete.json").read_text())
-ORIGINAL = {"hidden": "hidden", "layers": "layer", "groups": "head", "ffn": "intermediate"}  # ours -> the original's
+ORIGINAL = {"hidden": "hidden", "layers": "layer", "kv_heads": "head", "ffn": "intermediate"}  # ours -> the original's
 MULTI_HEAD = Shape(hidden=64, layers=4, heads=8, kv_heads=8, head_dim=8, ffn=96, vocab=32)
 MULTI_HEAD_TARGET = Shape(hidden=32, layers=3, heads=4, kv_heads=4, head_dim=8, ffn=48, vocab=32)
 GROUPED = Shape(hidden=12, layers=5, heads=12, kv_heads=4, head_dim=4, ffn=17, vocab=32)
@@ -135,7 +135,7 @@ def test_every_block_is_held_to_the_target_when_balanced() -> None:
 def test_total_sparsity_counts_the_parameters_of_the_layers_matrices(source: Shape, target: Shape) -> None:
     matrices = {row.name for row in LAYER_TABLE if len(row.dims) == 2}
     count = [
-        sum(torch.Size(param.size).numel() for param in named(shape) if param.row.name in matrices)
+        sum(torch.Size(param.size).numel() for param in params(shape) if param.row.name in matrices)
         for shape in (source, target)
     ]
     report = Constraint(source, target, 8).penalty(Gates(source, target), 8)[1]
@@ -156,9 +156,9 @@ def test_expected_sparsity_is_summed_over_every_weight(source: Shape, target: Sh
         assert layer.heads is not None
         assert layer.ffn is not None
         assert layer.layer is not None
-        assert masks.groups is not None
+        assert masks.kv_heads is not None
         heads = layer.heads.repeat_interleave(source.head_dim)
-        kv_heads = masks.groups[index].repeat_interleave(source.head_dim)
+        kv_heads = masks.kv_heads[index].repeat_interleave(source.head_dim)
         for rows, matrices in ((heads, 2), (kv_heads, 2), (layer.ffn, 3)):
             weights = matrices * layer.layer * torch.outer(rows, layer.hidden)
             acting += weights.sum().item()
@@ -233,5 +233,9 @@ def test_training_reaches_the_target_and_keeps_the_important_units(seed: int) ->
         best = importance[kind].topk(gates.counts[kind], -1).values.sum()
         chance = importance[kind].sum() * gates.counts[kind] / mask.shape[-1]
         share = ((kept - chance) / (best - chance)).item()
-        if kind in ("hidden", "groups", "ffn"):  # layers and queries are too few for a noisy choice to be sharp
+        if kind in (
+            "hidden",
+            "kv_heads",
+            "ffn",
+        ):  # of the others too few for a noisy choice to be sharp
             assert share >= 0.7, kind  # 0 is a random choice, 1 the best

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.huggingface import Weights, write
 from shear_tron.masks import KINDS, Masks, sizes
-from shear_tron.model.llama import Stage
-from shear_tron.params import LAYER_TABLE, count, named
-from shear_tron.pruning.select import extract
-from shear_tron.shape import Architecture, Shape
+from shear_tron.model.transformer import Transformer
+from shear_tron.params import LAYER_TABLE, count, params
+from shear_tron.pruning.extract import extract
+from shear_tron.shape import Shape
 
 SHAPES = {
     "plain": Shape(hidden=16, layers=4, heads=4, kv_heads=4, head_dim=4, ffn=12, vocab=24),
@@ -22,13 +23,13 @@ SHAPES = {
     "tied": Shape(hidden=16, layers=3, heads=9, kv_heads=3, head_dim=4, ffn=12, vocab=24, tied=True),
 }
 KEPT = {  # units kept of each kind; heads of the results divide hidden, as transformers asks
-    "plain": {"hidden": 12, "layers": 3, "groups": 3, "ffn": 7},
-    "grouped": {"hidden": 12, "layers": 2, "groups": 1, "queries": 2, "ffn": 5},
-    "tied": {"hidden": 12, "layers": 2, "groups": 2, "queries": 2, "ffn": 8},
-    "all": {"hidden": 16, "layers": 4, "groups": 4, "ffn": 12},
+    "plain": {"hidden": 12, "layers": 3, "kv_heads": 3, "ffn": 7},
+    "grouped": {"hidden": 12, "layers": 2, "kv_heads": 1, "heads_per_group": 2, "ffn": 5},
+    "tied": {"hidden": 12, "layers": 2, "kv_heads": 2, "heads_per_group": 2, "ffn": 8},
+    "all": {"hidden": 16, "layers": 4, "kv_heads": 4, "ffn": 12},
     "only_ffn": {"ffn": 6},
     "only_layers": {"layers": 1},
-    "only_queries": {"queries": 1},
+    "only_queries": {"heads_per_group": 1},
 }
 CASES = [
     *((name, name) for name in SHAPES),
@@ -51,9 +52,9 @@ def masks_of(shape: Shape, kept: dict[str, int], soft: bool, seed: int = 0) -> M
     return Masks(**made)
 
 
-def model_of(shape: Shape, seed: int = 0) -> Stage:
+def model_of(shape: Shape, seed: int = 0) -> Transformer:
     noise = torch.Generator().manual_seed(seed)
-    model = Stage(Architecture(shape, context=64)).double()
+    model = Transformer(Architecture(shape, context=64)).double()
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=noise, dtype=torch.float64) * 0.4 + 0.1
     return model
@@ -63,7 +64,7 @@ def tokens_of(shape: Shape) -> Tensor:
     return torch.randint(0, shape.vocab, (2, 11), generator=torch.Generator().manual_seed(5))
 
 
-def extracted(model: Stage, masks: Masks) -> tuple[Shape, dict[str, Tensor]]:
+def extracted(model: Transformer, masks: Masks) -> tuple[Shape, dict[str, Tensor]]:
     target, tensors = extract(lambda name: model.get_parameter(name).detach(), masks, model.architecture.shape)
     return target, dict(tensors)
 
@@ -83,20 +84,23 @@ def test_masked_model_is_extracted_model_is_hugging_face(name: str, kept: str, s
     target, tensors = extracted(model, masks)
 
     numbers = KEPT[kept]
-    groups, queries = numbers.get("groups", shape.kv_heads), numbers.get("queries", shape.queries)
+    kv_heads, heads_per_group = (
+        numbers.get("kv_heads", shape.kv_heads),
+        numbers.get("heads_per_group", shape.heads_per_group),
+    )
     assert target == replace(
         shape,
         hidden=numbers.get("hidden", shape.hidden),
         layers=numbers.get("layers", shape.layers),
-        heads=groups * queries,
-        kv_heads=groups,
+        heads=kv_heads * heads_per_group,
+        kv_heads=kv_heads,
         ffn=numbers.get("ffn", shape.ffn),
     )
     shape.require_target(target)
     assert sum(tensor.numel() for tensor in tensors.values()) == count(target)
 
     architecture = replace(model.architecture, shape=target)
-    dense = Stage(architecture).double()
+    dense = Transformer(architecture).double()
     dense.load_state_dict(tensors, strict=True)
     with torch.no_grad():
         assert largest_difference(dense(tokens), masked) < 1e-12
@@ -115,9 +119,12 @@ def test_masked_model_is_extracted_model_is_hugging_face(name: str, kept: str, s
 @pytest.mark.parametrize("name", ["grouped", "tied"])
 def test_each_kind_alone_folds_exactly(name: str, kind: str) -> None:
     shape, tokens = SHAPES[name], tokens_of(SHAPES[name])
-    model, masks = model_of(shape), masks_of(shape, {kind: 1 if kind in ("groups", "queries") else 2}, soft=True)
+    model, masks = (
+        model_of(shape),
+        masks_of(shape, {kind: 1 if kind in ("kv_heads", "heads_per_group") else 2}, soft=True),
+    )
     target, tensors = extracted(model, masks)
-    dense = Stage(replace(model.architecture, shape=target)).double()
+    dense = Transformer(replace(model.architecture, shape=target)).double()
     dense.load_state_dict(tensors, strict=True)
     with torch.no_grad():
         assert largest_difference(dense(tokens), model(tokens, masks=masks)) < 1e-12
@@ -128,7 +135,7 @@ def test_layers_are_renumbered_in_order() -> None:
     model = model_of(shape)
     target, tensors = extracted(model, Masks(layers=torch.tensor([0.0, 1.0, 0.0, 1.0])))
     assert target.layers == 2
-    assert list(tensors) == [parameter.name for parameter in named(target)]
+    assert list(tensors) == [parameter.name for parameter in params(target)]
     for new, old in enumerate((1, 3)):
         for row in LAYER_TABLE:
             assert torch.equal(tensors[row.name.format(new)], model.get_parameter(row.name.format(old)))
@@ -146,7 +153,7 @@ def test_decided_masks_only_cut() -> None:
         }
 
 
-def _source(model: Stage, name: str, layer: int) -> Tensor:
+def _source(model: Transformer, name: str, layer: int) -> Tensor:
     parts = name.split(".")
     return model.get_parameter(f"layers.{layer}.{parts[2]}" if parts[0] == "layers" else name).detach()
 
@@ -192,7 +199,7 @@ def test_tensors_are_read_one_at_a_time() -> None:
     ("masks", "match"),
     [
         (Masks(ffn=torch.eye(4, 12) + torch.eye(4, 12).roll(1, 0).triu(1)), r"layer \d keeps ffn=\d, layer \d \d"),
-        (Masks(groups=torch.tensor([[1.0, 1, 1, 1]] * 3 + [[1, 1, 0, 0]])), "layer 3 keeps kv_heads=2, layer 0 4"),
+        (Masks(kv_heads=torch.tensor([[1.0, 1, 1, 1]] * 3 + [[1, 1, 0, 0]])), "layer 3 keeps kv_heads=2, layer 0 4"),
         (Masks(layers=torch.zeros(4)), "prune all 4 layers; keep at least 1"),
     ],
 )
@@ -212,7 +219,7 @@ def test_counts_in_pruned_layers_do_not_matter() -> None:
 
 def test_a_misshaped_source_tensor_is_named() -> None:
     shape = SHAPES["plain"]
-    source = {p.name: torch.ones(p.size) for p in named(shape)} | {"layers.0.attn_norm": torch.ones(3)}
+    source = {p.name: torch.ones(p.size) for p in params(shape)} | {"layers.0.attn_norm": torch.ones(3)}
     _, tensors = extract(source.__getitem__, Masks(), shape)
     with pytest.raises(ValueError, match=r"layers\.0\.attn_norm has size \[3\]; the source's is \[16\]"):
         list(tensors)

@@ -16,7 +16,7 @@ from shear_tron.pruning.gates import LIMIT, STRETCH, TEMPERATURE, Gates, uniform
 from shear_tron.shape import Shape
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "hard_concrete.json").read_text())
-ORIGINAL = {"hidden": "hidden", "layers": "layer", "groups": "head", "ffn": "intermediate"}  # ours -> the original's
+ORIGINAL = {"hidden": "hidden", "layers": "layer", "kv_heads": "head", "ffn": "intermediate"}  # ours -> the original's
 MULTI_HEAD = Shape(hidden=64, layers=4, heads=8, kv_heads=8, head_dim=8, ffn=96, vocab=32)
 MULTI_HEAD_TARGET = Shape(hidden=32, layers=3, heads=4, kv_heads=4, head_dim=8, ffn=48, vocab=32)
 GROUPED = Shape(hidden=12, layers=5, heads=12, kv_heads=4, head_dim=4, ffn=17, vocab=32)
@@ -92,7 +92,7 @@ def test_balanced_masks_keep_as_many_units_in_every_block(balance: int) -> None:
     target = Shape(hidden=4, layers=2, heads=4, kv_heads=4, head_dim=2, ffn=12, vocab=2)
     gates = Gates(source, target, balance=balance)
     random_logits(gates, 3, 50)
-    for kind, kept in (("groups", 4), ("ffn", 12)):
+    for kind, kept in (("kv_heads", 4), ("ffn", 12)):
         decided = gates.blocks(kind, getattr(gates.decide(), kind) != 0).sum(-1)
         assert decided.shape == (3, balance)
         assert decided.unique().tolist() == [kept // balance]
@@ -104,7 +104,9 @@ def test_balanced_masks_keep_as_many_units_in_every_block(balance: int) -> None:
 def test_balance_that_does_not_split_is_named() -> None:
     source = Shape(hidden=8, layers=3, heads=8, kv_heads=8, head_dim=2, ffn=24, vocab=2)
     target = Shape(hidden=4, layers=2, heads=6, kv_heads=6, head_dim=2, ffn=12, vocab=2)
-    with pytest.raises(ValueError, match=r"groups of the target=6 does not split over balance=4; use balance of 1, 2"):
+    with pytest.raises(
+        ValueError, match=r"kv_heads of the target=6 does not split over balance=4; use balance of 1, 2"
+    ):
         Gates(source, target, balance=4)
 
 
@@ -216,7 +218,7 @@ def test_noise_is_pinned_and_uniform() -> None:
 def test_a_kinds_noise_does_not_depend_on_what_else_is_pruned() -> None:
     only_ffn = Shape(**{**GROUPED.asdict(), "ffn": GROUPED_TARGET.ffn})
     alone = Gates(GROUPED, only_ffn, seed=5).sample(7, 2)
-    assert alone.hidden is alone.layers is alone.groups is alone.queries is None
+    assert alone.hidden is alone.layers is alone.kv_heads is alone.heads_per_group is None
     together = Gates(GROUPED, GROUPED_TARGET, seed=5).sample(7, 2)
     assert isinstance(alone.ffn, Tensor)
     assert torch.equal(alone.ffn, together.ffn)
@@ -224,7 +226,7 @@ def test_a_kinds_noise_does_not_depend_on_what_else_is_pruned() -> None:
 
 def test_logits_start_fully_open_and_only_where_the_target_is_smaller() -> None:
     gates = Gates(MULTI_HEAD, MULTI_HEAD_TARGET)
-    assert set(gates.logits) == {"hidden", "layers", "groups", "ffn"}  # one query per group: nothing to choose
+    assert set(gates.logits) == {"hidden", "layers", "kv_heads", "ffn"}  # one query per group: nothing to choose
     assert set(Gates(GROUPED, GROUPED_TARGET).logits) == set(KINDS)
     for kind, logits in gates.logits.items():
         assert tuple(logits.shape) == sizes(MULTI_HEAD)[kind]

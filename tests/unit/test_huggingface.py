@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from shear_tron.architecture import Architecture, Rope
 from shear_tron.checkpoint.huggingface import Weights, architecture_config, read_architecture, write
-from shear_tron.params import named
-from shear_tron.shape import Architecture, Rope, Shape
+from shear_tron.params import params
+from shear_tron.shape import Shape
 
 LLAMA3 = Rope(theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
 SHAPES = {
@@ -29,7 +30,7 @@ def architecture_of(name: str, rope: Rope | None = None) -> Architecture:
 
 def random_tensors(architecture: Architecture, seed: int = 0) -> dict[str, torch.Tensor]:
     noise = torch.Generator().manual_seed(seed)
-    return {p.name: torch.randn(p.size, generator=noise) * 0.3 for p in named(architecture.shape)}
+    return {p.name: torch.randn(p.size, generator=noise) * 0.3 for p in params(architecture.shape)}
 
 
 def logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -63,7 +64,7 @@ def test_round_trip_through_transformers(name: str, rope: Rope, shard_bytes: flo
     assert read_architecture(tmp_path / "source") == architecture  # in transformers 5's spelling
 
     weights = Weights.open(tmp_path / "source", architecture)
-    assert weights.names() == [p.name for p in named(architecture.shape)]
+    assert weights.names() == [p.name for p in params(architecture.shape)]
     backwards = ((each, weights.read(each)) for each in reversed(weights.names()))
     write(tmp_path / "copy", architecture, backwards, shard_bytes=shard_bytes)
 
@@ -99,10 +100,10 @@ def test_the_safetensors_library_reads_what_is_written(dtype: torch.dtype, tmp_p
     tensors = random_tensors(architecture)
     write(tmp_path / "model", architecture, tensors.items(), dtype=dtype)
     loaded = load_file(tmp_path / "model/model.safetensors")
-    assert loaded.keys() == {p.hf for p in named(architecture.shape)}
+    assert loaded.keys() == {p.hf for p in params(architecture.shape)}
     header = (tmp_path / "model/model.safetensors").read_bytes()[:8]
     assert int.from_bytes(header, "little") % 8 == 0  # tensors are aligned
-    for parameter in named(architecture.shape):
+    for parameter in params(architecture.shape):
         assert torch.equal(loaded[parameter.hf], tensors[parameter.name].to(dtype))
     assert read_architecture(tmp_path / "model") == architecture
     assert LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").dtype == dtype
@@ -125,7 +126,7 @@ def test_one_tensor_is_in_memory_at_a_time(dtype: torch.dtype | None, tmp_path: 
     alive: list[weakref.ref[torch.Tensor]] = []
 
     def tensors() -> Any:
-        for parameter in named(architecture.shape):
+        for parameter in params(architecture.shape):
             assert sum(each() is not None for each in alive) <= 1
             tensor = torch.zeros(parameter.size)
             alive.append(weakref.ref(tensor))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from shear_tron.architecture import Architecture, Rope
 from shear_tron.checkpoint.huggingface import architecture_config, read_architecture
-from shear_tron.shape import Architecture, Rope, Shape
+from shear_tron.shape import Shape
 
 ARCHITECTURE = Architecture(Shape(hidden=18, layers=3, heads=6, kv_heads=3, head_dim=4, ffn=20, vocab=40, tied=True))
 

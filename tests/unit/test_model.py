@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shear_tron.architecture import Architecture, Rope
 from shear_tron.masks import Masks
-from shear_tron.model.llama import Stage
-from shear_tron.params import count, named
-from shear_tron.shape import Architecture, Rope, Shape
+from shear_tron.model.transformer import Transformer
+from shear_tron.params import count, params
+from shear_tron.shape import Shape
 
 VECTORS = np.load(Path(__file__).parents[1] / "data" / "masked_llama.npz", allow_pickle=False)
 META = json.loads(str(VECTORS["meta"]))
@@ -23,7 +24,7 @@ THEIRS = {
 }  # fmt: skip
 
 
-def their_model() -> tuple[Stage, dict[str, str]]:
+def their_model() -> tuple[Transformer, dict[str, str]]:
     sizes = META["config"]
     shape = Shape(
         hidden=sizes["hidden"],
@@ -34,9 +35,9 @@ def their_model() -> tuple[Stage, dict[str, str]]:
         ffn=sizes["intermediate"],
         vocab=sizes["vocab"],
     )
-    model = Stage(Architecture(shape, Rope(sizes["rope_theta"]), sizes["rms_eps"])).double()
+    model = Transformer(Architecture(shape, Rope(sizes["rope_theta"]), sizes["rms_eps"])).double()
     names = {}
-    for param in named(shape):
+    for param in params(shape):
         block = "" if param.layer is None else f"blocks.{param.layer}."
         names[param.name] = f"transformer.{block}{THEIRS[param.row.leaf]}.weight"
         model.get_parameter(param.name).data = torch.from_numpy(VECTORS["w." + names[param.name]])
@@ -47,7 +48,7 @@ def their_masks() -> Masks:
     def leaf(name: str) -> Tensor:
         return torch.from_numpy(VECTORS[name]).requires_grad_()
 
-    return Masks(hidden=leaf("hidden_z"), layers=leaf("layer_z"), groups=leaf("head_z"), ffn=leaf("intermediate_z"))
+    return Masks(hidden=leaf("hidden_z"), layers=leaf("layer_z"), kv_heads=leaf("head_z"), ffn=leaf("intermediate_z"))
 
 
 def test_masked_logits_loss_and_gradients_are_those_of_the_original() -> None:
@@ -66,7 +67,7 @@ def test_masked_logits_loss_and_gradients_are_those_of_the_original() -> None:
     for kind, theirs in (
         ("hidden", "hidden_z"),
         ("layers", "layer_z"),
-        ("groups", "head_z"),
+        ("kv_heads", "head_z"),
         ("ffn", "intermediate_z"),
     ):
         mask = getattr(masks, kind)
@@ -79,9 +80,9 @@ def test_masked_logits_loss_and_gradients_are_those_of_the_original() -> None:
 PLAIN = Rope()
 
 
-def random_model(shape: Shape, rope: Rope = PLAIN, seed: int = 0) -> Stage:
+def random_model(shape: Shape, rope: Rope = PLAIN, seed: int = 0) -> Transformer:
     torch.manual_seed(seed)
-    model = Stage(Architecture(shape, rope)).double()
+    model = Transformer(Architecture(shape, rope)).double()
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
     return model
@@ -101,8 +102,8 @@ def test_masks_of_ones_are_no_masks_to_the_bit(shape: Shape) -> None:
     ones = Masks(
         hidden=torch.ones(shape.hidden),
         layers=torch.ones(shape.layers),
-        groups=torch.ones(shape.layers, shape.kv_heads),
-        queries=torch.ones(shape.layers, shape.queries),
+        kv_heads=torch.ones(shape.layers, shape.kv_heads),
+        heads_per_group=torch.ones(shape.layers, shape.heads_per_group),
         ffn=torch.ones(shape.layers, shape.ffn),
     )
     results = []
@@ -145,7 +146,7 @@ def test_logits_are_those_of_hugging_face(shape: Shape, rope: Rope) -> None:
     )
     model = random_model(shape, rope).float()
     theirs = LlamaForCausalLM(config)
-    weights = {param.hf: model.get_parameter(param.name).detach() for param in named(shape)}
+    weights = {param.hf: model.get_parameter(param.name).detach() for param in params(shape)}
     if shape.tied:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     theirs.load_state_dict(weights, strict=True)
@@ -162,9 +163,11 @@ def test_count_is_the_size_of_the_built_model(shape: Shape) -> None:
 def test_activation_checkpointing_changes_nothing(mode: str) -> None:
     shape = SHAPES["gqa"]
     plain = random_model(shape)
-    saving = Stage(plain.architecture, checkpointing=mode).double()
+    saving = Transformer(plain.architecture, checkpointing=mode).double()
     saving.load_state_dict(plain.state_dict())
-    masks = Masks(ffn=torch.rand(shape.layers, shape.ffn), queries=torch.rand(shape.layers, shape.queries))
+    masks = Masks(
+        ffn=torch.rand(shape.layers, shape.ffn), heads_per_group=torch.rand(shape.layers, shape.heads_per_group)
+    )
     tokens = torch.randint(shape.vocab, (2, 9))
     for model in (plain, saving):
         model(tokens[:, :-1], tokens[:, 1:], masks).sum().backward()

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from shear_tron import cli
+from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.huggingface import architecture_config
 from shear_tron.params import count
-from shear_tron.shape import Architecture, Shape
+from shear_tron.shape import Shape
 
 ROOT = Path(__file__).parents[2]
 LLAMA2_7B = Shape(hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, ffn=11008, vocab=32000)
@@ -62,11 +63,12 @@ def test_continued_examples_show(
 
 
 def test_what_ranks_hold_adds_up(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from shear_tron.config import TrainConfig, load
+    from shear_tron.config import load
+    from shear_tron.train.config import RunConfig
     from shear_tron.train.plan import plan
     from shear_tron.train.show import held_parameters
 
     monkeypatch.chdir(ROOT)
     layout = ["parallel.pp=4", "parallel.tp=1", "parallel.dp=1", "train.batch=32"]
-    planned = plan(load(TrainConfig, "examples/sheared-llama/prune-1.3b.yaml", layout), 4)
+    planned = plan(load(RunConfig, "examples/sheared-llama/prune-1.3b.yaml", layout), 4)
     assert sum(held_parameters(planned, [stage]) for stage in range(4)) == 6_738_415_616

@@ -18,17 +18,18 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from shear_tron.architecture import Architecture, Rope
+from shear_tron.keep import Keep, fold
 from shear_tron.masks import LayerMasks, Masks
+from shear_tron.model.autograd import scatter_columns, skip_layer
 from shear_tron.model.loss import next_token_loss
 from shear_tron.model.rope import rope_table
-from shear_tron.model.split import Whole
-from shear_tron.params import BY_LEAF, LAYER_TABLE, Param
-from shear_tron.pruning.select import Keep, fold, spread, untouched
-from shear_tron.shape import Architecture, Rope
+from shear_tron.model.split import Split
+from shear_tron.params import BY_LEAF, LAYER_TABLE, Row
 
 
 @dataclass(frozen=True)
-class Place:
+class Positions:
     """Where tokens stand. ``documents``: int32 [documents + 1], the documents' ends in batch x time flattened, first 0;
     attention does not cross them and positions restart. None: each sequence is one document."""
 
@@ -38,7 +39,7 @@ class Place:
     documents: Tensor | None = None
 
     @classmethod
-    def of(cls, rope: Rope, head_dim: int, time: int, documents: Tensor | None, x: Tensor) -> "Place":
+    def of(cls, rope: Rope, head_dim: int, time: int, documents: Tensor | None, x: Tensor) -> "Positions":
         """For a residual stream ``x``, whose device and (at least float32) precision the angles have."""
         precision = torch.float64 if x.dtype == torch.float64 else torch.float32
         if documents is None:
@@ -62,13 +63,15 @@ class Layer(nn.Module):
     up: Tensor
     down: Tensor
 
-    def __init__(self, architecture: Architecture, split: Whole, checkpointing: str = "none") -> None:
+    def __init__(self, architecture: Architecture, split: Split, checkpointing: str = "none") -> None:
         super().__init__()
         self.architecture, self.split, self.checkpointing = architecture, split, checkpointing
         for row in LAYER_TABLE:
             self.register_parameter(row.leaf, _parameter(row, architecture))
 
-    def forward(self, x: Tensor, place: "Place", masks: LayerMasks, keep: Keep | None = None, index: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, place: "Positions", masks: LayerMasks, keep: Keep | None = None, index: int = 0
+    ) -> Tensor:
         """x: [tokens, hidden], the residual stream. Returns the new one.
 
         With ``keep``, which says what layer ``index`` keeps, x has only the kept hidden columns, and the layer runs on
@@ -81,13 +84,13 @@ class Layer(nn.Module):
             Tensor, checkpoint(self._forward, x, place, masks, keep, index, use_reentrant=False, context_fn=save)
         )
 
-    def _forward(self, x: Tensor, place: "Place", masks: LayerMasks, keep: Keep | None, index: int) -> Tensor:
+    def _forward(self, x: Tensor, place: "Positions", masks: LayerMasks, keep: Keep | None, index: int) -> Tensor:
         split, eps = self.split, self.architecture.norm_eps
         w = {row.leaf: split.weight(getattr(self, row.leaf), row) for row in LAYER_TABLE}
         masks = replace(masks, heads=split.part(masks.heads), ffn=split.part(masks.ffn))
         if keep is not None:
             if index not in keep.layers:
-                return untouched(x, list(w.values()))
+                return skip_layer(x, list(w.values()))
             w = {row.leaf: shear_kernels.select(w[row.leaf], *keep.indices(row, index)) for row in LAYER_TABLE}
             masks = keep.layer_masks(masks, index)
         hidden, layer = split.shared(masks.hidden), split.shared(masks.layer)
@@ -106,7 +109,7 @@ class Layer(nn.Module):
         fed = split.leave(self._mlp(split.enter(normed), w, masks.ffn))
         return x + fed if folded else shear_kernels.gated_residual(x, fed, hidden, layer)
 
-    def _attention(self, x: Tensor, place: "Place", w: dict[str, Tensor], heads: Tensor | None) -> Tensor:
+    def _attention(self, x: Tensor, place: "Positions", w: dict[str, Tensor], heads: Tensor | None) -> Tensor:
         q, k, v = (
             F.linear(x, w[name]).view(-1, place.time, len(w[name]) // self.head_dim, self.head_dim) for name in "qkv"
         )
@@ -122,7 +125,7 @@ class Layer(nn.Module):
         return self.architecture.shape.head_dim
 
 
-class Stage(nn.Module):
+class Transformer(nn.Module):
     """A run of consecutive layers, with the embedding if it is the first and norm and head if it is the last.
 
     The whole model is the stage that is both. With tied embeddings, a last stage that is not the first holds its own
@@ -137,12 +140,12 @@ class Stage(nn.Module):
         self,
         architecture: Architecture,
         layers: range | None = None,
-        split: Whole | None = None,
+        split: Split | None = None,
         checkpointing: str = "none",
     ) -> None:
         super().__init__()
         shape = architecture.shape
-        self.architecture, self.split = architecture, split or Whole()
+        self.architecture, self.split = architecture, split or Split()
         span = range(shape.layers) if layers is None else layers
         self.is_first, self.is_last = span.start == 0, span.stop == shape.layers
         self.layers = nn.ModuleDict({str(i): Layer(architecture, self.split, checkpointing) for i in span})
@@ -168,7 +171,7 @@ class Stage(nn.Module):
         ``time`` is the length of a sequence. labels: [batch, time] int64, for the last stage.
         keep: the units whose masks are not zero (and perhaps some more), of this tensor-parallel rank: with it the
         stage runs on those alone, which gives the same numbers (docs/compaction.md).
-        documents: see ``Place``.
+        documents: see ``Positions``.
         Returns the residual stream, always of full width; on the last stage the mean loss of each sequence [batch]
         (``next_token_loss``), or the logits [batch, time, vocab (this rank's part)] where labels is None.
         """
@@ -182,11 +185,11 @@ class Stage(nn.Module):
         hidden = None if masks.hidden is None else self.split.shared(shear_kernels.select(masks.hidden, kept))
         if self.is_first and hidden is not None:
             x = (x * hidden).to(x.dtype)
-        place = Place.of(self.architecture.rope, shape.head_dim, time, documents, x)
+        place = Positions.of(self.architecture.rope, shape.head_dim, time, documents, x)
         for number, layer in self.layers.items():
             x = layer(x, place, masks.layer(int(number), shape), keep, int(number))
         if not self.is_last:
-            return spread(x, kept, shape.hidden)
+            return scatter_columns(x, kept, shape.hidden)
         weight = shear_kernels.select(self.split.weight(self.norm, BY_LEAF["norm"]), kept)
         normed = self.split.enter(shear_kernels.masked_rms_norm(x, weight, hidden, self.architecture.norm_eps))
         head = shear_kernels.select(self._head(), None, kept)
@@ -212,7 +215,7 @@ class Stage(nn.Module):
         return self.split.weight(self.lm_head, BY_LEAF["lm_head"])
 
 
-def _parameter(row: Param, architecture: Architecture) -> nn.Parameter:
+def _parameter(row: Row, architecture: Architecture) -> nn.Parameter:
     """A parameter of global size, not yet initialised. Under ``torch.device("meta")`` it takes no memory."""
     return nn.Parameter(torch.empty(row.size(architecture.shape)))
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from shear_tron.architecture import Architecture
+from shear_tron.keep import Keep
 from shear_tron.masks import Masks, sizes
-from shear_tron.model.llama import Stage
-from shear_tron.params import Dim, named
-from shear_tron.pruning.select import Keep
-from shear_tron.shape import Architecture, Shape
+from shear_tron.model.transformer import Transformer
+from shear_tron.params import Dim, params
+from shear_tron.shape import Shape
 
 SHAPES = {
     "plain": Shape(hidden=16, layers=4, heads=4, kv_heads=4, head_dim=4, ffn=12, vocab=24),
@@ -31,9 +32,9 @@ def masks_of(shape: Shape, kept: dict[str, int], soft: bool, seed: int = 0) -> M
     return Masks(**made)
 
 
-def model_of(shape: Shape, seed: int = 0) -> Stage:
+def model_of(shape: Shape, seed: int = 0) -> Transformer:
     noise = torch.Generator().manual_seed(seed)
-    model = Stage(Architecture(shape, context=64)).double()
+    model = Transformer(Architecture(shape, context=64)).double()
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=noise, dtype=torch.float64) * 0.4 + 0.1
     return model
@@ -48,21 +49,21 @@ def tokens_of(shape: Shape) -> Tensor:
 
 def test_heads_are_kept_queries_of_kept_groups_in_blocks_of_head_dim() -> None:
     shape = replace(SHAPES["grouped"], layers=1, heads=9, kv_heads=3)
-    masks = Masks(groups=torch.tensor([[0.3, 0.0, 1.0]]), queries=torch.tensor([[0.0, 0.5, 1.0]]))
+    masks = Masks(kv_heads=torch.tensor([[0.3, 0.0, 1.0]]), heads_per_group=torch.tensor([[0.0, 0.5, 1.0]]))
     kept = Keep.of(masks, shape).layers[0]
-    assert kept.groups is not None
+    assert kept.kv_heads is not None
     assert kept.heads is not None
-    assert kept.groups.tolist() == [0, 2]
+    assert kept.kv_heads.tolist() == [0, 2]
     assert kept.heads.tolist() == [1, 2, 7, 8]
     row = torch.arange(6)
-    assert torch.equal(kept.group_rows, torch.cat((row, 12 + row)))
+    assert torch.equal(kept.kv_head_rows, torch.cat((row, 12 + row)))
     assert torch.equal(kept.head_rows, torch.cat((6 + row, 12 + row, 42 + row, 48 + row)))
 
 
 def test_nothing_pruned_keeps_all_without_a_gather() -> None:
     shape = SHAPES["tied"]
     masks = Masks(**{kind: torch.full(size, 0.5) for kind, size in sizes(shape).items()})
-    for keep in (Keep.of(Masks(), shape), Keep.of(masks, shape), Keep.of(masks, shape, multiple=64)):
+    for keep in (Keep.of(Masks(), shape), Keep.of(masks, shape), Keep.of(masks, shape, pad_to=64)):
         assert keep.hidden is None
         assert list(keep.layers) == [0, 1, 2]
         assert all(value is None for layer in keep.layers.values() for value in asdict(layer).values())
@@ -93,8 +94,8 @@ def test_padding_is_closed_units_up_to_a_multiple(multiple: int, hidden: int | N
 
 def test_a_layer_that_keeps_nothing_of_a_kind_keeps_one_closed_unit() -> None:
     shape = SHAPES["plain"]
-    groups = torch.zeros(4, 4)
-    keep = Keep.of(Masks(groups=groups, ffn=torch.zeros(4, 12)), shape)
+    kv_heads = torch.zeros(4, 4)
+    keep = Keep.of(Masks(kv_heads=kv_heads, ffn=torch.zeros(4, 12)), shape)
     assert all(len(layer.heads) == len(layer.ffn) == 1 for layer in keep.layers.values())
 
 
@@ -106,8 +107,8 @@ def test_masks_of_another_shape_are_refused() -> None:
 def test_every_pruned_dimension_is_selected_on_every_axis() -> None:
     """By the table: an axis over HIDDEN, HEADS, KV_HEADS or FFN is cut, one over VOCAB is not."""
     shape = SHAPES["tied"]
-    keep = Keep.of(masks_of(shape, {"hidden": 8, "groups": 2, "queries": 2, "ffn": 5}, soft=False), shape)
-    for parameter in named(shape):
+    keep = Keep.of(masks_of(shape, {"hidden": 8, "kv_heads": 2, "heads_per_group": 2, "ffn": 5}, soft=False), shape)
+    for parameter in params(shape):
         indices = keep.indices(parameter.row, parameter.layer)
         for dim, kept in zip(parameter.row.dims, indices, strict=False):
             assert (kept is None) == (dim is Dim.VOCAB)
@@ -157,7 +158,7 @@ def test_compact_step_is_the_masked_step(name: str, multiple: int) -> None:
 
 @pytest.mark.parametrize("multiple", [1, 4, 64])
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("closed", ["layers", "groups", "queries", "ffn", "hidden"])
+@pytest.mark.parametrize("closed", ["layers", "kv_heads", "heads_per_group", "ffn", "hidden"])
 def test_compact_step_is_the_masked_step_with_a_whole_kind_closed(closed: str, name: str, multiple: int) -> None:
     values = gate_values(SHAPES[name])
     values[closed].fill_(-1.0)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from shear_tron.architecture import Architecture
+from shear_tron.keep import Keep
 from shear_tron.masks import Masks
-from shear_tron.model.llama import Stage
-from shear_tron.pruning.cost import flops
-from shear_tron.pruning.select import Keep
-from shear_tron.shape import Architecture, Shape
+from shear_tron.model.flops import flops
+from shear_tron.model.transformer import Transformer
+from shear_tron.shape import Shape
 
 SHAPE = Shape(hidden=16, layers=4, heads=4, kv_heads=2, head_dim=4, ffn=12, vocab=24)
 
@@ -23,7 +24,7 @@ MASKS = Masks(half(16), torch.tensor([1.0, 0, 1, 1]), torch.tensor([[0.0, 1]] * 
 @pytest.mark.parametrize("compact", [False, True], ids=["dense", "compact"])
 def test_operations_are_those_torch_counts(compact: bool) -> None:
     keep = Keep.of(MASKS, SHAPE) if compact else None
-    model, time = Stage(Architecture(SHAPE)), 8
+    model, time = Transformer(Architecture(SHAPE)), 8
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     tokens = torch.zeros(2, time, dtype=torch.int64)

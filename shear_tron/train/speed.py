@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 
 from shear_tron.masks import Masks
+from shear_tron.model.flops import flops
 from shear_tron.parallel import sync
-from shear_tron.parallel.pipeline import Gated, Microbatches
+from shear_tron.parallel.pipeline import Context, Engine
 from shear_tron.parallel.tensor import shape_of_part
 from shear_tron.parallel.topology import Topology
-from shear_tron.pruning.cost import flops
 
 
 class StepCost:
     """Measures dense steps once and compares every pruning step with them."""
 
-    def __init__(self, engine: Microbatches, topology: Topology, tokens: int, sequence: int) -> None:
+    def __init__(self, engine: Engine, topology: Topology, tokens: int, sequence: int) -> None:
         """tokens: of a microbatch, in sequences of length ``sequence``."""
         self.engine, self.topology, self.tokens, self.sequence = engine, topology, tokens, sequence
-        self.dense_flops = self._flops([Gated()] * engine.count)
+        self.dense_flops = self._flops([Context()] * engine.count)
         self.dense_seconds = 0.0
 
     def time_dense(self, tokens: Tensor, labels: Tensor) -> None:
@@ -31,20 +31,22 @@ class StepCost:
         for _ in range(2):
             start = time.perf_counter()
             losses = self.engine.train(tokens, labels, None)
-            sync.everywhere(torch.zeros(()) if losses is None else losses.mean().cpu(), self.topology)  # all are done
+            sync.sum_over_ranks(
+                torch.zeros(()) if losses is None else losses.mean().cpu(), self.topology
+            )  # all are done
             self.dense_seconds = time.perf_counter() - start
             for stage in self.engine.stages:
                 stage.zero_grad()
 
     def report(
-        self, sampled: Sequence[Masks], gated: Sequence[Gated], seconds: float, pruned_seconds: float
+        self, sampled: Sequence[Masks], gated: Sequence[Context], seconds: float, pruned_seconds: float
     ) -> dict[str, object]:
         """For the log. ``kept``: mean share of gates that are not 0, by kind; ``flops``: of the whole step on all ranks
-        (``shear_tron.pruning.cost``); ``flops_to_dense``; ``seconds_to_dense``: ``seconds`` of the whole step, of which
+        (``shear_tron.model.flops``); ``flops_to_dense``; ``seconds_to_dense``: ``seconds`` of the whole step, of which
         ``pruned_seconds`` went by from sampling masks to their gradients, over what it would be with dense ones."""
         kept = torch.tensor([[(mask != 0).double().mean() for _, mask in masks.items()] for masks in sampled]).mean(0)
         sums = torch.cat((kept, torch.tensor([1.0, self._flops(gated), self.dense_flops])))
-        *shares, ranks, done, dense = sync.everywhere(sums.double(), self.topology).tolist()
+        *shares, ranks, done, dense = sync.sum_over_ranks(sums.double(), self.topology).tolist()
         return {
             "kept": {kind: share / ranks for (kind, _), share in zip(sampled[0].items(), shares, strict=True)},
             "flops": done,
@@ -52,7 +54,7 @@ class StepCost:
             "seconds_to_dense": seconds / (seconds - pruned_seconds + self.dense_seconds),
         }
 
-    def _flops(self, gated: Sequence[Gated]) -> float:
+    def _flops(self, gated: Sequence[Context]) -> float:
         """Of this rank's stages."""
         total = 0
         for stage in self.engine.stages:

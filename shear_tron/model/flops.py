@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from math import prod
 
-from shear_tron.params import BY_LEAF, MATRICES, Param
-from shear_tron.pruning.select import Keep
+from shear_tron.keep import Keep
+from shear_tron.params import BY_LEAF, MATRICES, Row
 from shear_tron.shape import Shape
 
 
@@ -18,7 +18,7 @@ def flops(
     What activation checkpointing computes again is not counted, nor is anything but matrix products.
     """
 
-    def size(row: Param, layer: int | None) -> list[int]:
+    def size(row: Row, layer: int | None) -> list[int]:
         kept = (None, None) if keep is None else keep.indices(row, layer)
         return [n if units is None else len(units) for n, units in zip(row.size(shape), kept, strict=True)]
 

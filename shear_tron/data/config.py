@@ -1,0 +1,32 @@
+"""The ``data`` section of a run's configuration."""
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from shear_tron.config import Section
+from shear_tron.data.mixture import MixtureConfig
+
+
+class DataConfig(Section):
+    """Where the tokens are and how domains are mixed (paper section 2.2)."""
+
+    folder: str  # made by `shear-tron prepare`
+    sequence: PositiveInt  # tokens a training window predicts
+    weights: dict[str, float] | Literal["proportional"] = "proportional"  # starting mixture; normalised
+    # a loss a domain, a JSON or YAML file of them, or "source": measured from the model before the first step
+    reference_losses: dict[str, float] | str | None = None
+    update_every: int = Field(0, ge=0)  # steps between updates of the mixture; 0: constant
+    evaluate_every: int = Field(0, ge=0)  # steps between held-out evaluations without an update; 0: only at the end
+    evaluate_windows: PositiveInt = 32  # held-out windows a domain
+    document_masking: bool = False  # attention does not cross documents of a window, positions restart in each
+    mixture: MixtureConfig = MixtureConfig()
+
+    @model_validator(mode="after")
+    def _references(self) -> Self:
+        if self.update_every and self.reference_losses is None:
+            raise ValueError(
+                f"update_every={self.update_every} needs reference_losses; give a loss per domain, or `source` to "
+                "measure them from the model at the start"
+            )
+        return self

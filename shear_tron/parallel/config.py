@@ -1,0 +1,31 @@
+"""The ``parallel`` section of a run's configuration."""
+
+from typing import Literal, Self
+
+from pydantic import PositiveInt, model_validator
+
+from shear_tron.config import Section
+
+
+class ParallelConfig(Section):
+    """How ranks share the work: world size = pp * dp * tp."""
+
+    tp: PositiveInt = 1
+    sequence: bool = True  # with tp > 1, cut activations between the tensor-parallel parts by tokens
+    pp: PositiveInt = 1
+    schedule: Literal["1f1b", "interleaved"] = "1f1b"
+    stages: PositiveInt | None = None  # pipeline stages a rank holds; default 1 for 1f1b, 2 for interleaved
+    dp: PositiveInt | None = None  # default: what is left of the world
+    shard: PositiveInt | None = None  # data-parallel ranks that share one copy of the weights (FSDP); default dp
+
+    @property
+    def stages_per_rank(self) -> int:
+        return self.stages or (2 if self.schedule == "interleaved" else 1)
+
+    @model_validator(mode="after")
+    def _stages(self) -> Self:
+        if self.pp == 1 and self.stages_per_rank > 1:
+            raise ValueError(f"stages={self.stages_per_rank} with pp=1 has nothing to interleave; use pp >= 2")
+        if self.schedule == "1f1b" and self.stages_per_rank > 1:
+            raise ValueError(f"schedule=1f1b holds one stage a rank, not {self.stages_per_rank}; use interleaved")
+        return self

@@ -1,0 +1,61 @@
+"""The configuration of a run: its sections, and those of training itself."""
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from shear_tron.config import Section
+from shear_tron.data.config import DataConfig
+from shear_tron.parallel.config import ParallelConfig
+from shear_tron.pruning.config import PruneConfig
+
+
+class TrainConfig(Section):
+    """How long and in what portions. ``batch`` and ``micro_batch`` count sequences; a batch is all ranks' together."""
+
+    steps: PositiveInt
+    batch: PositiveInt
+    micro_batch: PositiveInt = 1
+    seed: int = Field(default=0, ge=0)
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on CUDA, float32 on the CPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch={self.batch} is not a multiple of micro_batch={self.micro_batch}")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW and its rate: linear warm-up, then a cosine. The defaults are the paper's (section 3.1)."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    min_learning_rate: float = Field(default=0.1, ge=0, le=1)  # as a share of learning_rate, at the end of the cosine
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float = Field(default=1.0, gt=0)  # global gradient norm
+
+
+class CheckpointConfig(Section):
+    """When to save, and how much to keep."""
+
+    every: int = Field(default=0, ge=0)  # steps; 0: only at the end
+    keep: PositiveInt = 2  # the newest that stay on disk
+
+
+class RunConfig(Section):
+    """One run of ``shear-tron train``: pruning if ``prune`` is there, (continued) pre-training if not."""
+
+    run: str  # folder of this run: its resolved config, log and checkpoints
+    model: str  # a Hugging Face folder: config.json, safetensors, tokenizer
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    prune: PruneConfig | None = None
+    parallel: ParallelConfig = ParallelConfig()

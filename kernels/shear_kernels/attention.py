@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from shear_kernels import reference
 from shear_kernels.attention_backward import attention_delta, attention_keys_backward, attention_queries_backward
 from shear_kernels.attention_forward import attention_forward
 
@@ -146,14 +147,17 @@ def masked_attention(
     head_mask: Tensor | None = None,
     causal: bool = True,
     cu_seqlens: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """``softmax(q k^T / sqrt(head_dim)) v * head_mask``, softmax and sums in float32.
 
     q: [batch, time, heads, head_dim]; k, v: [batch, time, kv_heads, head_dim] in bf16, fp16 or fp32, strides over
     batch, time and heads free; head_dim up to 128. head_mask: [heads], 0 to 1, any float dtype; a head whose gate is
     exactly 0 costs a write of zeros, and gets zero gradients. cu_seqlens: [documents + 1] int32, as in the reference.
-    Returns [batch, time, heads, head_dim] in q's dtype.
+    A window runs the definition. Returns [batch, time, heads, head_dim] in q's dtype.
     """
+    if window is not None:
+        return reference.masked_attention(q, k, v, head_mask, causal, cu_seqlens, window)
     batch, time, heads, head_dim = q.shape
     if k.shape != v.shape or k.shape[:2] != (batch, time) or k.shape[3] != head_dim or heads % k.shape[2]:
         raise ValueError(

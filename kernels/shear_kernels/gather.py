@@ -129,11 +129,16 @@ class _Select(torch.autograd.Function):
 
 
 def select(
-    weight: Tensor, rows: Tensor | None, columns: Tensor | None = None, dtype: torch.dtype | None = None
+    weight: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
 ) -> Tensor:
-    """``weight[rows][:, columns]`` in ``dtype``. weight: [n] or [n, m] of any strides; rows and columns are contiguous
-    and not both None. Vectors and float64 take the plain way."""
-    if weight.dim() == 1 or torch.float64 in (weight.dtype, dtype):
-        return gather_blocks.select(weight, rows, columns, dtype)
+    """``weight[rows][:, columns]`` in ``dtype``, scaled. weight: [n] or [n, m] of any strides; rows and columns are
+    contiguous. Vectors, float64 and scales take the plain way."""
+    if weight.dim() == 1 or torch.float64 in (weight.dtype, dtype) or not (row_scale is None and column_scale is None):
+        return gather_blocks.select(weight, rows, columns, dtype, row_scale, column_scale)
     out: Tensor = _Select.apply(weight, rows, columns, dtype or weight.dtype)
     return out

@@ -5,12 +5,14 @@ Arithmetic runs in the inputs' precision, or float32 where the inputs are 16 bit
 Every function is differentiable in every tensor argument.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def _wide(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
     """``x`` in float32 if it has 16 bits, else as it is."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -22,39 +24,53 @@ def masked_attention(
     head_mask: Tensor | None = None,
     causal: bool = True,
     cu_seqlens: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Softmax attention with one gate per query head: ``softmax(q k^T / sqrt(head_dim)) v * head_mask``.
 
     q: [batch, time, heads, head_dim]; k, v: [batch, time, kv_heads, head_dim], each key-value head serving
     ``heads / kv_heads`` consecutive query heads. head_mask: [heads]. cu_seqlens: [documents + 1] int32, ends of
-    documents in the flattened batch * time axis, first entry 0: attention does not cross them.
-    Returns [batch, time, heads, head_dim].
+    documents in the flattened batch * time axis, first entry 0: attention does not cross them. window: query i sees
+    the keys j with i - window < j <= i, as in Hugging Face's Mistral. Returns [batch, time, heads, head_dim].
     """
-    batch, time, heads, _ = q.shape
-    if cu_seqlens is None:
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, enable_gqa=k.shape[2] != heads
-        ).transpose(1, 2)
-    else:
+    heads = q.shape[2]
+    seen = None if cu_seqlens is None and window is None else _seen(q, causal, cu_seqlens, window)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=seen,
+        is_causal=causal and seen is None,
+        enable_gqa=k.shape[2] != heads,
+    ).transpose(1, 2)
+    return out if head_mask is None else (widen(out) * head_mask[:, None]).to(q.dtype)
+
+
+def _seen(q: Tensor, causal: bool, cu_seqlens: Tensor | None, window: int | None) -> Tensor:
+    """[batch or 1, 1, time, time]: whether a query (next to last axis) sees a key (last)."""
+    batch, time = q.shape[:2]
+    seen = torch.ones(1, 1, time, time, dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen.tril()
+    if window is not None:
+        seen = seen.triu(1 - window)
+    if cu_seqlens is not None:
         token = torch.arange(batch * time, device=q.device)
-        document = torch.bucketize(token, cu_seqlens[1:].to(token.dtype), right=True).view(batch, 1, time)
-        allowed = document.transpose(1, 2) == document
-        if causal:
-            allowed = allowed & torch.ones(time, time, dtype=torch.bool, device=q.device).tril()
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=allowed[:, None],
-            enable_gqa=k.shape[2] != heads,
-        ).transpose(1, 2)
-    return out if head_mask is None else (_wide(out) * head_mask[:, None]).to(q.dtype)
+        document = torch.bucketize(token, cu_seqlens[1:].to(token.dtype), right=True).view(batch, 1, 1, time)
+        seen = seen & (document.transpose(2, 3) == document)
+    return seen
 
 
 def masked_swiglu(gate: Tensor, up: Tensor, mask: Tensor | None = None) -> Tensor:
     """``silu(gate) * up * mask``. gate, up: [..., ffn]; mask: [ffn]. Returns [..., ffn]."""
-    out = F.silu(_wide(gate)) * _wide(up)
+    out = F.silu(widen(gate)) * widen(up)
     return (out if mask is None else out * mask).to(gate.dtype)
+
+
+def masked_gelu(x: Tensor, mask: Tensor | None = None, approximate: Literal["none", "tanh"] = "none") -> Tensor:
+    """``gelu(x) * mask``. x: [..., ffn]; mask: [ffn]; approximate: as in ``F.gelu``. Returns [..., ffn]."""
+    out = F.gelu(widen(x), approximate=approximate)
+    return (out if mask is None else out * mask).to(x.dtype)
 
 
 def masked_rms_norm(x: Tensor, weight: Tensor, hidden_mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -64,14 +80,34 @@ def masked_rms_norm(x: Tensor, weight: Tensor, hidden_mask: Tensor | None = None
     entries of hidden_mask that are not zero, so the masked norm is the norm of the model that lacks the others.
     Returns [..., hidden].
     """
-    wide = _wide(x)
+    wide = widen(x)
     if hidden_mask is None:
         mean_square = wide.square().sum(-1, keepdim=True) / x.shape[-1]
-        scale = _wide(weight)
+        scale = widen(weight)
     else:
         mean_square = wide.square().sum(-1, keepdim=True) / (hidden_mask != 0).sum().clamp(min=1)
-        scale = _wide(weight) * hidden_mask
+        scale = widen(weight) * hidden_mask
     return (wide * torch.rsqrt(mean_square + eps) * scale).to(x.dtype)
+
+
+def masked_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, hidden_mask: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Layer norm over the kept width: ``((x - mean) / sqrt(variance + eps) * weight + bias) * hidden_mask``.
+
+    x: [..., hidden], already zero where hidden_mask is; weight, bias, hidden_mask: [hidden]. Mean and variance (the
+    mean square distance from the mean) are over the entries that hidden_mask keeps, those where it is not zero, so the
+    masked norm is the norm of the model that lacks the others. Closed entries get no gradient. Returns [..., hidden].
+    """
+    kept, width = widen(x), x.shape[-1] if hidden_mask is None else (hidden_mask != 0).sum().clamp(min=1)
+    if hidden_mask is not None:
+        kept = kept.where(hidden_mask != 0, 0)
+    centred = kept - kept.sum(-1, keepdim=True) / width
+    if hidden_mask is not None:
+        centred = centred.where(hidden_mask != 0, 0)
+    out = centred * torch.rsqrt(centred.square().sum(-1, keepdim=True) / width + eps) * widen(weight)
+    out = out if bias is None else out + widen(bias)
+    return (out if hidden_mask is None else out * hidden_mask).to(x.dtype)
 
 
 def gated_residual(
@@ -79,12 +115,12 @@ def gated_residual(
 ) -> Tensor:
     """``residual + branch * layer_gate * hidden_mask``. residual, branch: [..., hidden]; hidden_mask: [hidden];
     layer_gate: 0-d. Returns [..., hidden]."""
-    out = _wide(branch)
+    out = widen(branch)
     if layer_gate is not None:
         out = out * layer_gate
     if hidden_mask is not None:
         out = out * hidden_mask
-    return (_wide(residual) + out).to(residual.dtype)
+    return (widen(residual) + out).to(residual.dtype)
 
 
 def add_rms_norm(
@@ -103,14 +139,18 @@ def add_rms_norm(
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary position embedding, half-rotation convention of Hugging Face's LLaMA.
 
-    q: [batch, time, heads, head_dim]; k: [batch, time, kv_heads, head_dim]; cos, sin: [time, head_dim / 2] (or
-    [batch, time, head_dim / 2] where positions differ by row). Returns (q, k) rotated.
+    q: [batch, time, heads, head_dim]; k: [batch, time, kv_heads, head_dim]; cos, sin: [time, rotary / 2] (or
+    [batch, time, rotary / 2] where positions differ by row). The first ``rotary`` entries of each head turn, all of
+    them in LLaMA; the others pass as they are (GPT-NeoX's rotary_pct). Returns (q, k) rotated.
     """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # broadcast over heads
+    half = cos.shape[-1]
 
     def turn(x: Tensor) -> Tensor:
-        first, second = _wide(x).chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        wide = widen(x)
+        first, second = wide[..., :half], wide[..., half : 2 * half]
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        return torch.cat((*turned, wide[..., 2 * half :]), dim=-1).to(x.dtype)
 
     return turn(q), turn(k)
 
@@ -121,18 +161,28 @@ def vocab_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     x: [tokens, hidden]; weight: [vocab, hidden]; labels: [tokens] int64, negative where the token does not count.
     Returns [tokens] in float32 (float64 for float64 inputs), 0 where the label is negative.
     """
-    logits = _wide(x) @ _wide(weight).t()
+    logits = widen(x) @ widen(weight).t()
     return F.cross_entropy(logits, labels.where(labels >= 0, -100), reduction="none", ignore_index=-100)
 
 
 def select(
-    weight: Tensor, rows: Tensor | None, columns: Tensor | None = None, dtype: torch.dtype | None = None
+    weight: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
 ) -> Tensor:
-    """The kept rows and columns of a weight: ``weight[rows][:, columns]`` in ``dtype`` (the weight's by default).
+    """The kept rows and columns of a weight: ``weight[rows][:, columns]`` in ``dtype`` (the weight's by default), its
+    rows scaled by row_scale and its columns by column_scale, one number for each that is kept.
 
     weight: [n] or [n, m]; rows, columns: int64 indices without repetition, None for all. The gradient of the weight is
     zero but for the kept entries.
     """
     part = weight if rows is None else weight[rows]
     part = part if columns is None else part[:, columns]
-    return part if dtype is None else part.to(dtype)
+    if row_scale is not None:
+        part = widen(part) * widen(row_scale).view(-1, *(1,) * (weight.dim() - 1))
+    if column_scale is not None:
+        part = widen(part) * widen(column_scale)
+    return part.to(dtype or weight.dtype)

@@ -93,9 +93,15 @@ class _Rope(torch.autograd.Function):
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate q: [batch, time, heads, head_dim] and k: [batch, time, kv_heads, head_dim] by the angles of their tokens.
 
-    cos, sin: [time, head_dim / 2], or [batch, time, head_dim / 2] where positions differ by row. Strides over batch,
-    time and heads are free. Returns (q, k) rotated, contiguous, in their own dtypes; arithmetic in float32.
+    cos, sin: [time, rotary / 2], or [batch, time, rotary / 2] where positions differ by row; the entries of a head
+    beyond ``rotary`` pass as they are. Strides over batch, time and heads are free. Returns (q, k) rotated, contiguous,
+    in their own dtypes; arithmetic in float32.
     """
+    rotary = 2 * cos.shape[-1]
+    if rotary < q.shape[-1]:
+        turned = rope(q[..., :rotary], k[..., :rotary], cos, sin)
+        q_out, k_out = (torch.cat((t, x[..., rotary:]), -1) for t, x in zip(turned, (q, k), strict=True))
+        return q_out, k_out
     batch, time, _, head_dim = q.shape
     if head_dim % 2 or k.shape[:2] != (batch, time) or k.shape[3] != head_dim:
         raise ValueError(

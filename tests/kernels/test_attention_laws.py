@@ -53,7 +53,20 @@ def test_grouped_queries(heads: int, kv_heads: int) -> None:
     assert_lawful("masked_attention", inputs(1, 40, heads, kv_heads, 32, "soft", torch.float32))
 
 
-@pytest.mark.parametrize("time", [1, 31, 32, 33, 64, 127, 129, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_key(dtype: torch.dtype) -> None:
+    """The softmax is constant: out is v, and dq and dk are differences of equal numbers, 0 but for their roundings."""
+    tensors = inputs(1, 1, 2, 2, 16, "none", dtype)
+    found = kernel(tensors)
+    assert torch.equal(found["output 0"], tensors["v"])
+    assert torch.equal(found["d(v)"], normal(1, 1, 2, 16, seed=90).to(dtype))
+    q, k, v, _ = tensors.values()
+    terms = (found["d(v)"].float() * v).abs().sum(-1).max() * max(q.abs().max(), k.abs().max())
+    for name in ("d(q)", "d(k)"):
+        assert found[name].abs().max() <= terms / 2**21, name
+
+
+@pytest.mark.parametrize("time", [2, 31, 32, 33, 64, 127, 129, 257])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_length(time: int, dtype: torch.dtype) -> None:
     assert_lawful("masked_attention", inputs(1, time, 2, 1, 16, "ones", dtype))

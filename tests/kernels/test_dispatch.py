@@ -64,7 +64,8 @@ def test_float64_is_exact_everywhere() -> None:
 def test_ops_have_the_definitions_signatures() -> None:
     import inspect
 
-    for name in ("masked_attention", "masked_swiglu", "masked_rms_norm", "add_rms_norm", "rope", "select"):
+    names = "masked_attention masked_swiglu masked_gelu masked_rms_norm masked_layer_norm add_rms_norm rope select"
+    for name in names.split():
         ours, theirs = (
             list(inspect.signature(getattr(m, name)).parameters.values()) for m in (shear_kernels, reference)
         )
@@ -90,8 +91,8 @@ def test_dense_backend_then_gate_is_the_definition() -> None:
 
 def test_the_measured_backend_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_attention, "MEASURED", {("G", False): "sdpa_cudnn", ("F", True): "flash_attn"})
-    assert dense_attention.choose("G", gated=False, documents=False) == "sdpa_cudnn"
-    assert dense_attention.choose("G", gated=False, documents=True) == "triton"  # cuDNN knows no documents
-    assert dense_attention.choose("G", gated=True, documents=False) == dense_attention.DEFAULT
+    assert dense_attention.choose("G", gated=False, edges=False) == "sdpa_cudnn"
+    assert dense_attention.choose("G", gated=False, edges=True) == "triton"  # cuDNN knows no documents
+    assert dense_attention.choose("G", gated=True, edges=False) == dense_attention.DEFAULT
     monkeypatch.setattr(dense_attention, "find_spec", lambda name: None)
-    assert dense_attention.choose("F", gated=True, documents=False) == dense_attention.DEFAULT  # not installed
+    assert dense_attention.choose("F", gated=True, edges=False) == dense_attention.DEFAULT  # not installed

@@ -1,5 +1,6 @@
 """select: the kernels are plain indexing, to the bit, since they only move data."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import shear_kernels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_law import DEVICE, normal
+from kernel_law import DEVICE, assert_same_bits, normal, run
 from shear_kernels import gather, reference
 from torch import Tensor
 
@@ -122,6 +123,26 @@ def test_nothing_to_keep(shape: tuple[int, int], axes: str) -> None:
     rows, columns = None if axes == "columns" else none, None if axes == "rows" else none
     _, gradient = assert_plain(normal(*shape, seed=1), rows, columns, BF16)
     assert gradient.shape == shape
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:4], ids=lambda pair: f"{pair[0]}-{pair[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("axes", [*AXES, "none"])
+@pytest.mark.parametrize("scaled", AXES)
+def test_scales(scaled: str, axes: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """The same bits for the part and the weight's gradient; the scales' gradients are float32 sums of 1,100 terms."""
+    rows, columns = (None, None) if axes == "none" else kept(19, 1100, axes)
+    tensors = {
+        "weight": normal(19, 1100, seed=1, dtype=dtypes[0]),
+        "row_scale": None if scaled == "columns" else normal(19 if rows is None else len(rows), seed=2),
+        "column_scale": None if scaled == "rows" else normal(1100 if columns is None else len(columns), seed=3),
+    }
+    cut = {"rows": rows, "columns": columns, "dtype": dtypes[1]}
+    ours = run(partial(shear_kernels.select, **cut, backend="triton"), tensors, None)
+    plain = run(partial(reference.select, **cut), tensors, None)
+    assert_same_bits({n: ours.pop(n) for n in ("output 0", "d(weight)")}, plain)
+    assert ours
+    for name, found in ours.items():
+        torch.testing.assert_close(found, plain[name], rtol=1e-5, atol=1e-4)
 
 
 def test_vectors_and_float64_are_exact() -> None:

@@ -23,6 +23,17 @@ def test_kernel_is_reference(
     assert_lawful("rope", tensors, cos=angle.cos(), sin=angle.sin())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotary"), [(16, 4), (80, 20), (10, 8)])
+def test_partial_rotation(head_dim: int, rotary: int, dtype: torch.dtype) -> None:
+    angle = normal(5, rotary // 2, seed=3)
+    tensors = {
+        "q": normal(2, 5, 3, head_dim, seed=1, dtype=dtype),
+        "k": normal(2, 5, 1, head_dim, seed=2, dtype=dtype),
+    }
+    assert_lawful("rope", tensors, cos=angle.cos(), sin=angle.sin())
+
+
 def test_strided_views_need_no_copy() -> None:
     q = normal(2, 4, 5, 16, seed=1).transpose(1, 2)  # [batch, time 5, heads 4, head_dim]
     k = normal(2, 5, 8, 16, seed=2)[:, :, ::2]

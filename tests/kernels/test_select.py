@@ -45,6 +45,57 @@ def test_blocks_are_plain_indexing(
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("block", [1, 64, 2**20])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cut=cuts(), dtypes=st.sampled_from(DTYPES), scaled=st.sampled_from(["rows", "columns", "both"]))
+def test_blocks_scale_like_the_definition(
+    block: int,
+    cut: tuple[int, int, list[int] | None, list[int] | None],
+    dtypes: tuple[torch.dtype, torch.dtype | None],
+    scaled: str,
+) -> None:
+    """Value and the weight's gradient to the bit; the scales' gradients are sums in another order."""
+    n, m, *lists = cut
+    rows, columns = (None if kept is None else torch.tensor(kept, dtype=torch.int64) for kept in lists)
+    weight, row_scale, column_scale = torch.randn(n, m).to(dtypes[0]), None, None
+    if scaled != "columns":
+        row_scale = torch.rand(n if rows is None else len(rows)).requires_grad_()
+    if scaled != "rows":
+        column_scale = torch.rand(m if columns is None else len(columns)).requires_grad_()
+    leaves = [t for t in (weight.requires_grad_(), row_scale, column_scale) if t is not None]
+    arguments = (weight, rows, columns, dtypes[1], row_scale, column_scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather_blocks, "BLOCK", block)
+        ours, plain = gather_blocks.select(*arguments), reference.select(*arguments)
+        assert ours.dtype == plain.dtype
+        assert torch.equal(ours, plain)
+        grad = torch.randn_like(plain)
+        found, expected = (torch.autograd.grad(out, leaves, grad) for out in (ours, plain))
+    assert torch.equal(found[0], expected[0])
+    for mine, theirs in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_scales_alone_fold_a_mask_and_multiply_in_float32() -> None:
+    weight, mask = torch.randn(5, 7).bfloat16(), torch.rand(7)
+    folded = shear_kernels.select(weight, None, None, column_scale=mask)
+    assert folded.dtype == torch.bfloat16
+    assert torch.equal(folded, (weight.float() * mask).bfloat16())
+    bias = shear_kernels.select(weight[0], torch.tensor([1, 4]), row_scale=mask[:2])
+    assert torch.equal(bias, (weight[0, [1, 4]].float() * mask[:2]).bfloat16())
+
+
+@pytest.mark.parametrize("axes", ["rows", "columns", "both", "none"])
+def test_gradcheck_of_scales(axes: str) -> None:
+    rows = torch.tensor([1, 2, 6]) if axes in ("rows", "both") else None
+    columns = torch.tensor([0, 4]) if axes in ("columns", "both") else None
+    sizes = (7, 5), (7 if rows is None else 3,), (5 if columns is None else 2,)
+    leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    for backend in (None, "reference"):
+        op = lambda w, r, c, b=backend: shear_kernels.select(w, rows, columns, None, r, c, backend=b)  # noqa: E731
+        assert torch.autograd.gradcheck(op, leaves)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_vectors_keep_their_dtype(dtype: torch.dtype) -> None:
     vector = torch.randn(9).to(dtype).requires_grad_()
@@ -104,3 +155,13 @@ def test_misfit_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         shear_kernels.select(torch.randn(size), rows, columns)
+
+
+def test_misfit_of_scales_is_named() -> None:
+    weight, rows = torch.randn(4, 3), torch.tensor([0, 2])
+    with pytest.raises(ValueError, match=r"row_scale of size \[4\] does not fit the kept rows; use \[2\]"):
+        shear_kernels.select(weight, rows, row_scale=torch.ones(4))
+    with pytest.raises(ValueError, match=r"column_scale of size \[2\] does not fit the kept columns; use \[3\]"):
+        shear_kernels.select(weight, rows, column_scale=torch.ones(2))
+    with pytest.raises(ValueError, match=r"weight of size \[3\] has no such axes"):
+        shear_kernels.select(weight[0], None, column_scale=torch.ones(3))

@@ -16,6 +16,7 @@ from typing import Any
 from small import SEQUENCE, run, trained_source, training, write
 
 from shear_tron.shape import Shape
+from shear_tron.train import metrics
 
 SOURCE = Shape(hidden=128, layers=4, heads=4, kv_heads=4, head_dim=32, ffn=344, vocab=2048, tied=True)
 BATCH = 16
@@ -40,8 +41,7 @@ def make(out: Path, steps: int) -> dict[str, float]:
 
 
 def held_out(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "held_out" in line]
+    return [line for line in metrics.read(folder) if "held_out" in line]
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ Writes schedule.csv beside this script. About half an hour on two cores.
 
 import argparse
 import csv
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from shear_tron.parallel import topology
 from shear_tron.pruning.config import TargetConfig
 from shear_tron.pruning.gates import Gates
 from shear_tron.shape import Shape
+from shear_tron.train import metrics
 from shear_tron.train.config import RunConfig
 from shear_tron.train.loop import Trainer
 from shear_tron.train.plan import claim, inputs, plan, precision
@@ -128,7 +128,7 @@ def main() -> None:
         played = play_back(out, balance)
         rows += played
         mean = statistics.mean(row["flops_to_dense"] for row in played)
-        last = json.loads((out / f"prune{balance}" / "metrics.jsonl").read_text().splitlines()[-1])
+        last = metrics.read(out / f"prune{balance}")[-1]
         held_out = statistics.mean(last["held_out"].values())
         print(f"balance {balance}: held-out loss {held_out:.3f}, operations over the schedule {mean:.3f} of dense's")
         for ranks in RANKS:

@@ -13,11 +13,14 @@ from shear_tron.config import save as save_config
 from shear_tron.data.mixture import Mixture
 from shear_tron.data.sampler import Batches, Sampler, held_out
 from shear_tron.data.tokens import document_ends
+from shear_tron.model.flops import flops
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
 from shear_tron.parallel.pipeline import Context, Engine, broadcast_losses, build_stages
 from shear_tron.parallel.topology import Topology
-from shear_tron.train.metrics import Log
+from shear_tron.pruning.snapshot import snapshot
+from shear_tron.train.facts import facts, peak_memory
+from shear_tron.train.metrics import GATES, Log
 from shear_tron.train.optimizer import adamw, moments, start_moments
 from shear_tron.train.plan import CONFIG, Inputs, Plan
 from shear_tron.train.pruner import Pruner
@@ -25,13 +28,14 @@ from shear_tron.train.schedule import learning_rate_factor
 from shear_tron.train.speed import StepCost
 
 REFERENCES = "reference_losses.json"
+SNAPSHOTS = 64  # of the gates in a run, about
 
 
 class Trainer:
     """One run on this rank: model, optimizer, data, and masks if it prunes."""
 
     def __init__(self, plan: Plan, inputs: Inputs, topology: Topology, compute: torch.dtype) -> None:
-        self.plan, self.inputs, self.topology = plan, inputs, topology
+        self.plan, self.inputs, self.topology, self.compute = plan, inputs, topology, compute
         self.config, self.run = plan.config, Path(plan.config.run)
         train = self.config.train
         stages = build_stages(plan.architecture, topology, train.activation_checkpointing)
@@ -48,12 +52,12 @@ class Trainer:
         self.optimizer = adamw(
             (parameter for stage in self.stages for parameter in stage.parameters()), self.config.optimizer
         )
+        shape, sequence = plan.architecture.shape, self.config.data.sequence
+        self.dense_flops = flops(shape, range(shape.layers), True, train.batch * sequence, sequence)  # of a step
         self.pruner: Pruner | None = None
         self.cost: StepCost | None = None
         if self.config.prune is not None and plan.target is not None:
-            shape = plan.architecture.shape
             self.pruner = Pruner(shape, plan.target, self.config.prune, train.seed, topology)
-            sequence = self.config.data.sequence
             self.cost = StepCost(self.engine, topology, train.micro_batch * sequence, sequence)
         self.step = 0  # updates made
         self.mixture: Mixture | None = None
@@ -74,6 +78,7 @@ class Trainer:
             log.say(f"going on from step {self.step} of {self.run}")
         elif self.topology.is_main:
             save_config(self.config, self.run / CONFIG)
+        log.write({"run": {"from_step": self.step} | facts(self.plan, self.topology, self.compute)})
         if self.mixture is None:
             self.mixture = self._start_mixture(log)
         share = train.batch // self.topology.layout.dp
@@ -140,10 +145,13 @@ class Trainer:
             )
         assert self.mixture is not None
         seconds = time.perf_counter() - start
+        report["flops"] = self.dense_flops
         if self.cost and sampled and gated:
             report |= self.cost.report(sampled, gated, seconds, pruned_seconds)
+        tokens_in_batch = train.batch * self.config.data.sequence
         return {
             "step": self.step + 1,
+            "tokens": (self.step + 1) * tokens_in_batch,  # so far
             "loss": loss,
             "domain_loss": self._named(by_domain),
             "weights": dict(zip(self.inputs.names, self.mixture.weights.tolist(), strict=True)),
@@ -152,7 +160,10 @@ class Trainer:
             **report,
             "seconds": seconds,
             "data_seconds": waited,  # of them, waiting for the batch
-            "tokens_per_second": train.batch * self.config.data.sequence / seconds,
+            "tokens_per_second": tokens_in_batch / seconds,
+            "tflops_per_rank": report["flops"] / seconds / self.topology.layout.world / 1e12,  # docs/report.md
+            "peak_memory": peak_memory(self.topology.device),  # bytes, of this rank
+            "time": time.time(),  # seconds since 1970
         }
 
     def evaluate(self, gated: Context) -> dict[str, float]:
@@ -218,6 +229,8 @@ class Trainer:
     def _tell(self, log: Log, line: dict[str, Any]) -> None:
         if line["step"] % self.config.train.log_every == 0 or "held_out" in line:
             log.write(line)
+        if self.pruner and (self.step % max(1, self.config.train.steps // SNAPSHOTS) == 0 or "held_out" in line):
+            log.write({"step": self.step} | snapshot(self.pruner.gates), GATES)
         if "held_out" in line:
             log.say(f"step {self.step}: held-out loss " + _listed(line["held_out"]))
         shown = {"loss": f"{line['loss']:.3f}", "tokens/s": f"{line['tokens_per_second']:.0f}"}

@@ -1,4 +1,9 @@
-"""What a run tells: a progress bar on the terminal and one JSON line a step in the run's folder."""
+"""What a run tells: a progress bar on the terminal, and in its folder one JSON line a step and snapshots of its gates.
+
+``metrics.jsonl`` opens with a record {"run": {...}} of what is running where, and a resumed run adds another; all other
+lines are steps. A run may be killed in the middle of a line, and readers may come while one is being written: a last
+line that is not whole is not there.
+"""
 
 import json
 import sys
@@ -8,17 +13,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-LOG = "metrics.jsonl"
+LOG, GATES = "metrics.jsonl", "gates.jsonl"
 
 
 class Log:
     """The main rank's log; on other ranks it is silent. Lines after step ``first`` are dropped: undone."""
 
     def __init__(self, run: Path, first: int, steps: int, title: str, is_main: bool) -> None:
-        self.file = run / LOG if is_main else None
-        if self.file and self.file.exists():
-            lines = [line for line in self.file.read_text().splitlines() if _step(line) <= first]
-            self.file.write_text("".join(line + "\n" for line in lines))
+        self.run = run if is_main else None
+        if self.run:
+            for file in (run / LOG, run / GATES):
+                if file.exists():
+                    kept = [json.dumps(line) + "\n" for line in _lines(file) if _step(line) <= first]
+                    file.write_text("".join(kept))
         self.bar = tqdm(
             total=steps,
             initial=first,
@@ -29,9 +36,9 @@ class Log:
             dynamic_ncols=True,
         )
 
-    def write(self, values: Mapping[str, Any]) -> None:
-        if self.file:
-            with self.file.open("a") as out:
+    def write(self, values: Mapping[str, Any], file: str = LOG) -> None:
+        if self.run:
+            with (self.run / file).open("a") as out:
                 out.write(json.dumps(values) + "\n")
 
     def advance(self, **shown: str) -> None:
@@ -39,7 +46,7 @@ class Log:
         self.bar.update()
 
     def say(self, text: str) -> None:
-        if self.file:
+        if self.run:
             self.bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
@@ -47,13 +54,29 @@ class Log:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log."""
-    return [json.loads(line) for line in (run / LOG).read_text().splitlines()]
+    """The steps of a run's log."""
+    return [line for line in _lines(run / LOG) if "step" in line]
 
 
-def _step(line: str) -> int:
-    """The step of a log line; a line cut off by a kill belongs to no step that counts."""
+def headers(run: Path) -> list[dict[str, Any]]:
+    """What ran where: a record for each time the run was started; none in logs of older versions."""
+    return [line["run"] for line in _lines(run / LOG) if "run" in line]
+
+
+def read_gates(run: Path) -> list[dict[str, Any]]:
+    """Snapshots of the gates (``shear_tron.pruning.snapshot``), each with its ``step``; [] where none were pruned."""
+    return _lines(run / GATES) if (run / GATES).exists() else []
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of ``file``. ValueError where one that is not the last is damaged."""
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1].splitlines()
     try:
-        return int(json.loads(line)["step"])
-    except ValueError:
-        return sys.maxsize
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); restore it, or delete the line") from None
+
+
+def _step(line: dict[str, Any]) -> int:
+    return int(line["run"]["from_step"] if "run" in line else line["step"])

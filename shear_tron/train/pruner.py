@@ -1,6 +1,7 @@
 """The learning of masks within a training step: sample, pull gradients back, add the constraint, step."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +68,8 @@ class Pruner:
             return None
         return keep_part(masks, self.source, rank, layout.tp, self.pad_to, self.topology.device, WHOLE)
 
-    def backward(self, step: int, sampled: Sequence[Masks], gated: Sequence[Context]) -> dict[str, float]:
-        """Set the gradients of logits and multipliers. Returns the constraint's report."""
+    def backward(self, step: int, sampled: Sequence[Masks], gated: Sequence[Context]) -> dict[str, Any]:
+        """Set the gradients of logits and multipliers. Returns the constraint's report and the multipliers."""
         self.optimizer.zero_grad()
         for logits in self.gates.logits.values():
             logits.grad = torch.zeros_like(logits)
@@ -85,7 +86,8 @@ class Pruner:
         sync.sum_parts_mean_data([p.grad for p in self.gates.logits.values() if p.grad is not None], self.topology)
         penalty, report = self.constraint.penalty(self.gates, step)
         penalty.backward()  # type: ignore[no-untyped-call]
-        return report
+        multipliers = {kind: pair.tolist() for kind, pair in self.constraint.multipliers.items()}
+        return {**report, "multipliers": multipliers}
 
     def step(self, rate_factor: float) -> None:
         for group in self.optimizer.param_groups:

@@ -1,0 +1,73 @@
+"""What no config holds about a run: when, by which software, on what, of what size; for its log."""
+
+import platform
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shear_tron.parallel.topology import Topology
+from shear_tron.params import count
+from shear_tron.train.plan import Plan
+
+
+def facts(plan: Plan, topology: Topology, compute: torch.dtype) -> dict[str, Any]:
+    """The record that opens a run's log. JSON's types only."""
+    shape, target, device = plan.architecture.shape, plan.target, topology.device
+    return {
+        "time": time.time(),
+        "stage": "pruning" if target else "training",
+        "versions": {"shear-tron": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "compute": str(compute).removeprefix("torch."),
+        "ranks": topology.layout.world,
+        "layout": asdict(topology.layout),
+        "shape": asdict(shape),
+        "parameters": count(shape),
+        "target": target and asdict(target),
+        "target_parameters": target and count(target),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes this process has had in use at most: of the GPU's memory, as torch allocated it, or of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _version() -> str:
+    try:
+        return version("shear-tron")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this code runs from, with a + where files differ from it; None outside one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -62,9 +62,10 @@ def prepare(arguments: argparse.Namespace) -> None:
     print(stats(config.output, arguments.stats or None))
 
 
-def train(arguments: argparse.Namespace) -> None:
+def train(arguments: argparse.Namespace) -> int:
     from shear_tron.config import load
     from shear_tron.parallel import topology
+    from shear_tron.parallel.agree import AgreedError
     from shear_tron.train.config import RunConfig
     from shear_tron.train.loop import Trainer
     from shear_tron.train.plan import claim_run_folder, inputs, plan, precision
@@ -77,11 +78,16 @@ def train(arguments: argparse.Namespace) -> None:
     ranks = topology.start(planned.layout, device)
     try:
         losses = Trainer(planned, opened, ranks, compute).fit()
+    except AgreedError as error:
+        if ranks.is_main:
+            print(f"shear-tron train: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:  # from here on any one rank may fail: each says so itself, with its traceback
         raise RuntimeError(f"training failed: {error}") from error
     else:
         if ranks.is_main:
             print(json.dumps({"run": config.run, "held_out": losses}))
+        return 0
     finally:
         topology.stop()
 

@@ -147,7 +147,11 @@ class Writer:
         if tuple(tensor.shape) != self._sizes[name]:
             raise ValueError(f"{name} has size {list(tensor.shape)}; this model's is {list(self._sizes[name])}")
         path, offset = self._places[name]
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinite values, and nothing like that is written")
         flat = tensor.detach().to(device="cpu", dtype=self._dtype).contiguous().flatten()
+        if not bool(flat.isfinite().all()):
+            raise ValueError(f"{name} holds values beyond the range of {self._dtype}; store a wider type")
         with path.open("r+b") as file:
             file.seek(offset)
             file.write(flat.view(torch.uint8).numpy().data)

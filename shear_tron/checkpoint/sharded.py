@@ -6,6 +6,7 @@ whole.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.tensor import DTensor
+
+from shear_tron.parallel.agree import require_all
 
 PROGRESS = "progress.json"
+
+
+_NAME = re.compile(r"step-[0-9]{8}")
 
 
 def path(run: Path, step: int) -> Path:
@@ -28,8 +35,19 @@ def path(run: Path, step: int) -> Path:
 
 def latest(run: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
-    found = sorted((run / "checkpoints").glob("step-????????"))
+    found = checkpoints(run)
     return found[-1] if found else None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first: folders with exactly our kind of name that hold our ``progress.json``.
+
+    Anything else that lies there is somebody's own (``step-original``, a link, a copy) and left alone.
+    """
+    folder = run / "checkpoints"
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    found = [folder / name for name in names if _NAME.fullmatch(name)]
+    return [path for path in found if not path.is_symlink() and (path / PROGRESS).is_file()]
 
 
 def progress(checkpoint: Path) -> dict[str, Any]:
@@ -55,8 +73,9 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], progress: Mapping[
     """Write a checkpoint; call on all ranks with the same names where tensors are shared.
 
     tensors: DTensors (each rank writes its part) and plain tensors (equal on all ranks that have them). Afterwards the
-    newest ``keep`` checkpoints of the run are on disk.
+    newest ``keep`` checkpoints of the run are on disk. AgreedError where a value is not finite: nothing is written.
     """
+    require_finite(tensors, f"step {progress['step']} is not saved")
     final = path(run, step)
     partial = final.with_suffix(".partial")
     if dist.get_rank() == 0:
@@ -69,9 +88,21 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], progress: Mapping[
         (partial / PROGRESS).write_text(json.dumps({**progress, "files": files}))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in sorted(final.parent.glob("step-????????"))[:-keep]:
-            shutil.rmtree(old)
+        for old in checkpoints(run)[:-keep]:
+            if old != final:
+                shutil.rmtree(old)
     dist.barrier()
+
+
+def require_finite(tensors: Mapping[str, Tensor], consequence: str) -> None:
+    """AgreedError on all ranks where a tensor of any rank holds NaN or infinity. Collective."""
+    problem = None
+    for name, tensor in tensors.items():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not bool(part.isfinite().all()):
+            problem = f"{consequence}: {name} holds NaN or infinite values"
+            break
+    require_all(problem)
 
 
 def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -21,6 +21,8 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on CUDA, float32 on the CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: PositiveInt = 1
+    # a step whose loss or gradient is not finite changes nothing; after so many of them in a row the run stops
+    max_skipped: PositiveInt = 3
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -11,16 +11,19 @@ from torch import Tensor
 from shear_tron.checkpoint import sharded
 from shear_tron.config import save as save_config
 from shear_tron.data.mixture import Mixture
-from shear_tron.data.sampler import Batches, Sampler, held_out
+from shear_tron.data.sampler import Batches, Sampler
 from shear_tron.data.tokens import document_ends
 from shear_tron.model.flops import flops
 from shear_tron.parallel import sync
+from shear_tron.parallel.agree import AgreedError
 from shear_tron.parallel.data import shard
 from shear_tron.parallel.pipeline import Context, Engine, broadcast_losses, build_stages
 from shear_tron.parallel.topology import Topology
 from shear_tron.pruning.snapshot import snapshot
+from shear_tron.train.evaluation import DomainLosses, HeldOut, not_finite
 from shear_tron.train.facts import facts, peak_memory
-from shear_tron.train.metrics import GATES, Log
+from shear_tron.train.health import Health
+from shear_tron.train.metrics import GATES, LOG, Log
 from shear_tron.train.optimizer import adamw, moments, start_moments
 from shear_tron.train.plan import CONFIG, Inputs, Plan
 from shear_tron.train.pruner import Pruner
@@ -58,16 +61,16 @@ class Trainer:
         self.cost: StepCost | None = None
         if self.config.prune is not None and plan.target is not None:
             self.pruner = Pruner(shape, plan.target, self.config.prune, train.seed, topology)
+            self.pruner.begin_at(0)
             self.cost = StepCost(self.engine, topology, train.micro_batch * sequence, sequence)
-        self.step = 0  # updates made
+        start_moments(self.optimizer, 0)
+        self.step = 0  # batches used
+        self.health = Health(train.max_skipped)
         self.mixture: Mixture | None = None
         self.sampler = Sampler(inputs.manifest, inputs.names, self.config.data.sequence, train.seed)
-        windows = [
-            held_out(inputs.manifest, name, self.config.data.sequence, self.config.data.evaluate_windows)
-            for name in inputs.names
-        ]
-        self.held_out = torch.cat(windows)
-        self.held_out_domain = torch.cat([torch.full((len(w),), place) for place, w in enumerate(windows)])
+        self.share = train.batch // topology.layout.dp  # sequences of a batch that this rank computes
+        self.held_out = HeldOut(inputs.manifest, inputs.names, self.config.data, self.engine, topology, self.share)
+        sharded.require_finite(self._tensors(), f"{self.config.model} cannot be trained")
 
     def fit(self) -> dict[str, float]:
         """Train to the last step, from the newest checkpoint if there is one. Returns final held-out losses."""
@@ -81,11 +84,10 @@ class Trainer:
         log.write({"run": {"from_step": self.step} | facts(self.plan, self.topology, self.compute)})
         if self.mixture is None:
             self.mixture = self._start_mixture(log)
-        share = train.batch // self.topology.layout.dp
-        first = self.topology.dp_rank * share
-        batches = Batches(self.sampler, train.batch, first, first + share, self.mixture.weights)
+        first = self.topology.dp_rank * self.share
+        batches = Batches(self.sampler, train.batch, first, first + self.share, self.mixture.weights)
         if self.cost:
-            self.cost.time_dense(*self._held_out(torch.arange(share)))
+            self.cost.time_dense(*self.held_out.rows(torch.arange(self.share)))
         try:
             while self.step < train.steps:
                 line = self._update(batches)
@@ -93,25 +95,32 @@ class Trainer:
                 if self.step == train.steps:
                     break
                 if data.update_every and self.step % data.update_every == 0:
-                    line["held_out"] = self.evaluate(self._current())
+                    line["held_out"] = self.held_out.losses(self._current())
                     batches.set_weights(self.mixture.update(line["held_out"]))
                 elif data.evaluate_every and self.step % data.evaluate_every == 0:
-                    line["held_out"] = self.evaluate(self._current())
+                    line["held_out"] = self.held_out.losses(self._current())
                 self._tell(log, line)
-                if every and self.step % every == 0:
+                self.health.require(line, self._last_good())
+                if every and self.step % every == 0 and not self.health.skipped_in_a_row:
                     self._save(batches)
-            losses = self.evaluate(self.pruner.decided(final=True) if self.pruner else Context())
+            losses = self.held_out.losses(self.pruner.decided(final=True) if self.pruner else Context())
             if not resumed or self.step > resumed:
                 line["held_out"] = losses
                 self._tell(log, line)
+                self.health.require(line, self._last_good())
                 self._save(batches)
+            if self.health.skipped:
+                log.say(f"{self.health.skipped} of {self.step} steps were skipped: see `skipped` in {self.run / LOG}")
         finally:
             batches.close()
             log.close()
         return losses
 
     def _update(self, batches: Batches) -> dict[str, Any]:
-        """One step: forward and backward of every microbatch, then weights and masks move. Returns its log line."""
+        """One step: forward and backward of every microbatch, then weights and masks move. Returns its log line.
+
+        Where a loss or gradient is not finite on any rank, nothing moves on any: the batch is used up, and named.
+        """
         start, dp_rank = time.perf_counter(), self.topology.dp_rank
         train, optimizer = self.config.train, self.config.optimizer
         windows, domains = batches.next()
@@ -123,26 +132,26 @@ class Trainer:
         if self.pruner:
             mine = range(dp_rank * self.plan.microbatches, (dp_rank + 1) * self.plan.microbatches)
             sampled, gated = self.pruner.sample(self.step, mine)
-        losses = self._everywhere(self.engine.train(tokens, labels, gated), len(tokens))
+        found = self._everywhere(self.engine.train(tokens, labels, gated), len(tokens))
         report: dict[str, Any] = {}
         if self.pruner and sampled and gated:
             report |= self.pruner.backward(self.step, sampled, gated)
         pruned_seconds = time.perf_counter() - began
         sync.sum_tied(self.stages, self.topology)
         norm = sync.clip(self.stages, optimizer.clip, self.topology)
+        losses = DomainLosses.of(found, domains, self.inputs.names, self.topology)
         factor = learning_rate_factor(self.step, train.steps, optimizer.warmup_steps, optimizer.min_learning_rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = optimizer.learning_rate * factor
-        if self.pruner:
-            self.pruner.step(factor)
-        self.optimizer.step()
+        why = self.health.reason_to_skip(losses, float(norm), self.pruner.optimizer if self.pruner else None)
+        if why:
+            last = batches.state()["number"] - 1
+            report["skipped"] = f"{why}; samples {last - train.batch + 1} to {last} changed nothing"
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = optimizer.learning_rate * factor
+            if self.pruner:
+                self.pruner.step(factor)
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        by_domain, counts = self._by_domain(losses, domains)
-        loss = float((by_domain * counts).nansum() / counts.sum())
-        if not torch.isfinite(torch.tensor(loss)):
-            raise FloatingPointError(
-                f"loss={loss} at step {self.step}; lower optimizer.learning_rate or check the data"
-            )
         assert self.mixture is not None
         seconds = time.perf_counter() - start
         report["flops"] = self.dense_flops
@@ -152,8 +161,8 @@ class Trainer:
         return {
             "step": self.step + 1,
             "tokens": (self.step + 1) * tokens_in_batch,  # so far
-            "loss": loss,
-            "domain_loss": self._named(by_domain),
+            "loss": losses.mean(),
+            "domain_loss": losses.by_domain(),
             "weights": dict(zip(self.inputs.names, self.mixture.weights.tolist(), strict=True)),
             "gradient_norm": float(norm),
             "learning_rate": optimizer.learning_rate * factor,
@@ -166,37 +175,9 @@ class Trainer:
             "time": time.time(),  # seconds since 1970
         }
 
-    def evaluate(self, gated: Context) -> dict[str, float]:
-        """Held-out loss of each domain, nats a token, the same on all ranks."""
-        layout, dp_rank = self.topology.layout, self.topology.dp_rank
-        share = self.config.train.batch // layout.dp
-        losses, total = [], len(self.held_out)
-        for first in range(0, total, share * layout.dp):
-            rows = torch.arange(first + dp_rank * share, first + (dp_rank + 1) * share)
-            found = self._everywhere(self.engine.evaluate(*self._held_out(rows), gated), share)
-            losses.append((rows, found))
-        rows = torch.cat([rows for rows, _ in losses])
-        found = torch.cat([found for _, found in losses])
-        real = rows < total
-        by_domain, _ = self._by_domain(found[real.to(found.device)], self.held_out_domain[rows[real]])
-        return self._named(by_domain)
-
-    def _held_out(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and labels of held-out windows, which begin again after the last: batches are always full."""
-        windows = self.held_out[rows % len(self.held_out)].to(self.topology.device)
-        return windows[:, :-1], windows[:, 1:]
-
-    def _by_domain(self, losses: Tensor, domains: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean loss, sequences) of each domain over all data-parallel ranks; NaN where there were none. On the CPU."""
-        sums = torch.zeros(2, len(self.inputs.names), dtype=torch.float64)
-        sums[0].index_add_(0, domains, losses.double().cpu())
-        sums[1].index_add_(0, domains, torch.ones_like(domains, dtype=torch.float64))
-        sums = sync.sum_over_data(sums.to(self.topology.device), self.topology).cpu()
-        return sums[0] / sums[1], sums[1]
-
-    def _named(self, by_domain: Tensor) -> dict[str, float]:
-        values = zip(self.inputs.names, by_domain.tolist(), strict=True)
-        return {name: value for name, value in values if value == value}
+    def _last_good(self) -> str:
+        checkpoint = sharded.latest(self.run)
+        return "No checkpoint was written" if checkpoint is None else f"The last good checkpoint is {checkpoint}"
 
     def _everywhere(self, losses: Tensor | None, sequences: int) -> Tensor:
         like = torch.empty(sequences, dtype=torch.float32, device=self.topology.device)
@@ -214,7 +195,12 @@ class Trainer:
     def _start_mixture(self, log: Log) -> Mixture:
         references = self.inputs.references
         if self.config.data.reference_losses == "source":
-            references = self.evaluate(Context())
+            references = self.held_out.losses(Context())
+            if broken := not_finite(references):
+                raise AgreedError(
+                    f"the loss of {self.config.model} on {', '.join(broken)} is {references[broken[0]]}; the model or "
+                    "the data is damaged"
+                )
             log.say("reference losses measured from the source: " + _listed(references))
         if self.topology.is_main and references:
             (self.run / REFERENCES).write_text(json.dumps(references, indent=1) + "\n")
@@ -227,10 +213,12 @@ class Trainer:
         return Mixture(self.inputs.names, self.inputs.proportions, references, settings)
 
     def _tell(self, log: Log, line: dict[str, Any]) -> None:
-        if line["step"] % self.config.train.log_every == 0 or "held_out" in line:
+        if line["step"] % self.config.train.log_every == 0 or "held_out" in line or "skipped" in line:
             log.write(line)
         if self.pruner and (self.step % max(1, self.config.train.steps // SNAPSHOTS) == 0 or "held_out" in line):
             log.write({"step": self.step} | snapshot(self.pruner.gates), GATES)
+        if "skipped" in line:
+            log.say(f"step {self.step} skipped: {line['skipped']}")
         if "held_out" in line:
             log.say(f"step {self.step}: held-out loss " + _listed(line["held_out"]))
         shown = {"loss": f"{line['loss']:.3f}", "tokens/s": f"{line['tokens_per_second']:.0f}"}
@@ -249,6 +237,7 @@ class Trainer:
         assert self.mixture is not None
         progress = {
             "step": self.step,
+            "health": self.health.state(),
             "sampler": batches.state(),
             "mixture": self.mixture.state(),
             "references": self.mixture.references,
@@ -263,9 +252,11 @@ class Trainer:
             return 0
         progress = sharded.progress(checkpoint)
         self.step = progress["step"]
-        start_moments(self.optimizer, self.step)
+        self.health.restore(progress["health"])
+        updates = self.step - self.health.skipped
+        start_moments(self.optimizer, updates)
         if self.pruner:
-            self.pruner.begin_at(self.step)
+            self.pruner.begin_at(updates)
         sharded.load(checkpoint, self._tensors())
         self.sampler.restore(progress["sampler"])
         self.mixture = self._mixture(progress["references"])

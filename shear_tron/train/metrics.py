@@ -8,6 +8,7 @@ line that is not whole is not there.
 import json
 import sys
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Log:
     def write(self, values: Mapping[str, Any], file: str = LOG) -> None:
         if self.run:
             with (self.run / file).open("a") as out:
-                out.write(json.dumps(values) + "\n")
+                out.write(json.dumps(_plain(values), allow_nan=False) + "\n")
 
     def advance(self, **shown: str) -> None:
         self.bar.set_postfix(shown, refresh=False)
@@ -51,6 +52,15 @@ class Log:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with null for every number that is not finite: JSON has no other word for it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def read(run: Path) -> list[dict[str, Any]]:

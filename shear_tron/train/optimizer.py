@@ -40,3 +40,9 @@ def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) 
         for name, parameter in parameters.items()
         for moment in ("exp_avg", "exp_avg_sq")
     }
+
+
+def finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all gradients are finite, and their squares, of which Adam keeps a mean."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return all(bool(gradient.square().isfinite().all()) for gradient in gradients)

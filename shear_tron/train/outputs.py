@@ -26,7 +26,11 @@ def extract(run: Path, output: str, step: int | None, dtype: str) -> str:
     source = huggingface.read_architecture(config.model)
     target = config.prune.target.shape(source.shape)
     gates = Gates(source.shape, target, balance=config.prune.balance)
-    gates.load_state_dict({kind: checkpoint.read(f"gates.{kind}") for kind in gates.logits})
+    logits = {kind: checkpoint.read(f"gates.{kind}") for kind in gates.logits}
+    for kind, values in logits.items():
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"gates.{kind} holds NaN or infinite values in {run}; use an earlier checkpoint (--step)")
+    gates.load_state_dict(logits)
     shape, tensors = dense_model(checkpoint.read, gates.decide(), source.shape)
     huggingface.write(
         output, replace(source, shape=shape), tensors, dtype=getattr(torch, dtype), tokenizer_from=config.model
@@ -48,6 +52,6 @@ def export(run: Path, output: str, step: int | None, dtype: str) -> str:
 def _open(run: Path, step: int | None) -> tuple[RunConfig, sharded.Reader]:
     checkpoint = sharded.latest(run) if step is None else sharded.path(run, step)
     if checkpoint is None or not checkpoint.exists():
-        have = ", ".join(sorted(path.name for path in (run / "checkpoints").glob("step-????????"))) or "none"
+        have = ", ".join(path.name for path in sharded.checkpoints(run)) or "none"
         raise ValueError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; it has {have}")
     return load(RunConfig, run / CONFIG), sharded.Reader(checkpoint)

@@ -22,7 +22,7 @@ CONFIG = "config.yaml"
 # Keys in which a run may differ from the config saved in its folder when it goes on.
 MAY_CHANGE = (
     "run", "parallel", "train.steps", "train.device", "train.activation_checkpointing", "train.log_every",
-    "checkpoint.every", "checkpoint.keep", "prune.compact", "prune.pad_to", "data.evaluate_every",
+    "train.max_skipped", "checkpoint.every", "checkpoint.keep", "prune.compact", "prune.pad_to", "data.evaluate_every",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ ARROWS = {
     "pruning": {"shape", "params", "masks", "keep", "config"},
     "model": {"shape", "architecture", "params", "masks", "keep"},
     "parallel": {"shape", "architecture", "params", "masks", "keep", "model", "config"},
-    "checkpoint": {"shape", "architecture", "params"},
+    "checkpoint": {"shape", "architecture", "params", "parallel"},  # parallel.agree, no more
     "train": {
         "shape",
         "architecture",

@@ -1,0 +1,64 @@
+"""Whether the numbers of a run are still numbers. All ranks get the same answer to every question asked here."""
+
+from math import isfinite
+from typing import Any
+
+import torch
+
+from shear_tron.parallel.agree import AgreedError, any_rank, first_text
+from shear_tron.train.evaluation import DomainLosses, not_finite
+from shear_tron.train.optimizer import finite_gradients
+
+
+class Health:
+    """Counts the steps that had to be skipped, and stops a run that does nothing else.
+
+    Args:
+        limit: steps skipped in a row after which the run stops.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+
+    def reason_to_skip(self, losses: DomainLosses, norm: float, pruning: torch.optim.Optimizer | None) -> str | None:
+        """What is not finite in this step on any rank, or None; counted. Collective.
+
+        losses, norm: of the step's batch, and of its gradient; pruning: the optimizer of gates and multipliers.
+        """
+        why = None
+        if not isfinite(losses.mean()):
+            why = f"loss is {losses.mean()} in {', '.join(not_finite(losses.by_domain()))}"
+        elif not isfinite(norm) or norm == 0.0:  # exactly 0 where activations overflow and a norm divides them away
+            why = f"the gradient norm is {norm}"
+        elif pruning is not None and not finite_gradients(pruning):
+            why = "gradients of gates or multipliers are not finite"
+        (skip,) = any_rank(why is not None)
+        self.skipped += skip
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0
+        return first_text(why) if skip else None
+
+    def require(self, line: dict[str, Any], last_good: str) -> None:
+        """Stop where too many steps in a row changed nothing, or a held-out loss in a step's log line is no number.
+
+        Raises AgreedError: losses are alike on all ranks.
+        """
+        if self.skipped_in_a_row >= self.limit:
+            raise AgreedError(
+                f"{self.skipped_in_a_row} steps in a row were skipped, the last one because {line['skipped']}; "
+                f"lower optimizer.learning_rate, or look at these samples. {last_good}"
+            )
+        broken = not_finite(line.get("held_out", {}))
+        if broken:
+            raise AgreedError(
+                f"the held-out loss of {', '.join(broken)} is {line['held_out'][broken[0]]} after step {line['step']}; "
+                f"lower optimizer.learning_rate, or look at that domain. {last_good}"
+            )
+
+    def state(self) -> dict[str, int]:
+        """Plain numbers, for a checkpoint."""
+        return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]

@@ -2,15 +2,22 @@
 
 import argparse
 import json
+import keyword
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shear_tron.checkpoint.model_folder import Form
+    from shear_tron.train.run_folder import RunFolder
 
 VERBS = {
     "prepare": "tokenise text domains into shards (datatrove)",
     "train": "prune (with a `prune` section in the config) or pre-train; under torchrun or alone",
-    "extract": "cut the dense small model out of a pruning run, as a Hugging Face folder",
-    "export": "write a training run's weights as a Hugging Face folder",
+    "extract": "cut the dense small model out of a pruning run, as a Hugging Face folder or for nanotron",
+    "export": "write a training run's weights as a Hugging Face folder or for nanotron",
+    "import": "make a Hugging Face folder of a nanotron checkpoint, which can then be sheared",
     "show": "dry run: shapes, counts, what each rank holds, whether everything divides",
     "reference-loss": "reference losses of domains: predicted by scaling curves, or measured",
     "bench": "the kernel benchmark; without a GPU its rooflines and what the compiler made",
@@ -32,15 +39,27 @@ def main(argv: list[str] | None = None) -> int:
             sub.add_argument("--stats", nargs="?", const="", metavar="PNG", help="tell about the prepared domains")
         if verb in ("extract", "export"):
             sub.add_argument("run", help="folder of the run")
-            sub.add_argument("output", help="Hugging Face folder to write; must not exist")
+            sub.add_argument("output", help="folder to write; must not exist")
             sub.add_argument("--step", type=int, default=None, help="checkpoint to take; default: the newest")
-            sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+            sub.add_argument("--model", default=None, help="where the run's source model is; default: where it was")
+            sub.add_argument("--to", choices=["huggingface", "nanotron"], default="huggingface")
+            sub.add_argument("--flavour", choices=["main", "0.4"], default="main", help="of nanotron")
+            sub.add_argument("--tp", type=int, default=1, help="pieces of every tensor, for nanotron; any can be read")
+            sub.add_argument("--samples", type=int, default=0, help="of the run's next samples to hand to nanotron")
+        if verb == "import":
+            sub.add_argument("checkpoint", help="folder that nanotron saved")
+            sub.add_argument("output", help="Hugging Face folder to write; must not exist")
+            sub.add_argument("--tokenizer", required=True, help="folder of the model's tokenizer")
+        if verb in ("extract", "export", "import"):
+            default = None if verb == "import" else "float32"  # None: as it is stored
+            sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=default)
     arguments, options = parser.parse_known_args(argv)
     if options and arguments.verb != "bench":  # bench hands its options to kernels/bench/run.py
         parser.error(f"unrecognized arguments: {' '.join(options)}")
     arguments.options = options
     try:
-        function = globals()[arguments.verb.replace("-", "_")]
+        name = arguments.verb.replace("-", "_")
+        function = globals()[f"{name}_" if keyword.iskeyword(name) else name]
         return int(function(arguments) or 0)
     except (ValueError, FileNotFoundError) as error:
         from shear_tron.parallel.topology import is_main_process
@@ -95,13 +114,31 @@ def train(arguments: argparse.Namespace) -> int:
 def extract(arguments: argparse.Namespace) -> None:
     from shear_tron.train.outputs import extract as run
 
-    print(run(Path(arguments.run), arguments.output, arguments.step, arguments.dtype))
+    print(run(_run_folder(arguments), arguments.output, _form(arguments), arguments.samples))
 
 
 def export(arguments: argparse.Namespace) -> None:
     from shear_tron.train.outputs import export as run
 
-    print(run(Path(arguments.run), arguments.output, arguments.step, arguments.dtype))
+    print(run(_run_folder(arguments), arguments.output, _form(arguments), arguments.samples))
+
+
+def _run_folder(arguments: argparse.Namespace) -> "RunFolder":
+    from shear_tron.train.run_folder import RunFolder
+
+    return RunFolder.open(arguments.run, arguments.step, arguments.model)
+
+
+def _form(arguments: argparse.Namespace) -> "Form":
+    from shear_tron.checkpoint.model_folder import Form
+
+    return Form(arguments.to, arguments.dtype, arguments.flavour, arguments.tp)
+
+
+def import_(arguments: argparse.Namespace) -> None:
+    from shear_tron.train.outputs import import_model
+
+    print(import_model(arguments.checkpoint, arguments.output, arguments.tokenizer, arguments.dtype))
 
 
 def show(arguments: argparse.Namespace) -> None:

@@ -90,6 +90,16 @@ def _header(path: Path) -> dict[str, Entry]:
         return {name: Entry(path, name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
+def storable(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor on the CPU in ``dtype``; ValueError where a value is not finite, or not any more."""
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} holds NaN or infinite values, and nothing like that is written")
+    converted = tensor.detach().to(device="cpu", dtype=dtype)
+    if not bool(converted.isfinite().all()):
+        raise ValueError(f"{name} holds values beyond the range of {dtype}; store a wider type")
+    return converted
+
+
 class Writer:
     """Writes tensors whose sizes are known beforehand, in any order, holding none of them.
 
@@ -147,11 +157,7 @@ class Writer:
         if tuple(tensor.shape) != self._sizes[name]:
             raise ValueError(f"{name} has size {list(tensor.shape)}; this model's is {list(self._sizes[name])}")
         path, offset = self._places[name]
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} holds NaN or infinite values, and nothing like that is written")
-        flat = tensor.detach().to(device="cpu", dtype=self._dtype).contiguous().flatten()
-        if not bool(flat.isfinite().all()):
-            raise ValueError(f"{name} holds values beyond the range of {self._dtype}; store a wider type")
+        flat = storable(name, tensor, self._dtype).contiguous().flatten()
         with path.open("r+b") as file:
             file.seek(offset)
             file.write(flat.view(torch.uint8).numpy().data)

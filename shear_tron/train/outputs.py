@@ -1,57 +1,92 @@
-"""From a run's checkpoint to a Hugging Face folder: the dense model of a pruning run, or a trained model as it is."""
+"""From a run's checkpoint to a model that others open, and from another trainer's checkpoint to one that is sheared."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
-import torch
+from torch import Tensor
+from tqdm import tqdm
 
+from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import huggingface, sharded
-from shear_tron.config import load
+from shear_tron.checkpoint.model_folder import Form, open_model, require_form, write_model
+from shear_tron.data.tokenizer import load
 from shear_tron.params import count, params
 from shear_tron.pruning.extract import extract as dense_model
 from shear_tron.pruning.gates import Gates
-from shear_tron.train.config import RunConfig
-from shear_tron.train.plan import CONFIG
+from shear_tron.train.handover import hand_over, require_samples
+from shear_tron.train.run_folder import RunFolder
 
 
-def extract(run: Path, output: str, step: int | None, dtype: str) -> str:
+def extract(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
     """Write the dense model that the decided masks of a pruning run leave. Returns a sentence about it.
 
     The masks keep exactly the target's counts in every layer; their values are folded into the weights (DESIGN in
-    docs/architecture.md). Raises ValueError where ``run`` is not a pruning run or ``output`` exists.
+    docs/architecture.md). samples: how many of the run's next samples go along, for nanotron. Raises ValueError where
+    ``run`` is not a pruning run, ``output`` exists, or the format has no such model.
     """
-    config, checkpoint = _open(run, step)
-    if config.prune is None:
-        raise ValueError(f"{run} is a training run without masks; use `shear-tron export {run} {output}`")
-    source = huggingface.read_architecture(config.model)
-    target = config.prune.target.shape(source.shape)
-    gates = Gates(source.shape, target, balance=config.prune.balance)
-    logits = {kind: checkpoint.read(f"gates.{kind}") for kind in gates.logits}
+    if run.config.prune is None:
+        raise ValueError(f"{run.path} is a training run without masks; use `shear-tron export {run.path} {output}`")
+    source = huggingface.read_architecture(run.model)
+    target = run.config.prune.target.shape(source.shape)
+    reader = sharded.Reader(run.checkpoint)
+    gates = Gates(source.shape, target, balance=run.config.prune.balance)
+    logits = {kind: reader.read(f"gates.{kind}") for kind in gates.logits}
     for kind, values in logits.items():
         if not bool(values.isfinite().all()):
-            raise ValueError(f"gates.{kind} holds NaN or infinite values in {run}; use an earlier checkpoint (--step)")
+            raise ValueError(f"gates.{kind} holds NaN or infinite values in {run.path}; use an earlier one (--step)")
     gates.load_state_dict(logits)
-    shape, tensors = dense_model(checkpoint.read, gates.decide(), source.shape)
-    huggingface.write(
-        output, replace(source, shape=shape), tensors, dtype=getattr(torch, dtype), tokenizer_from=config.model
-    )
-    return f"{output}: {count(shape):,} of {count(source.shape):,} parameters, {shape}"
+    shape, tensors = dense_model(reader.read, gates.decide(), source.shape)
+    said = _write(run, output, replace(source, shape=shape), tensors, form, samples)
+    return f"{output}: {count(shape):,} of {count(source.shape):,} parameters, {shape}{said}"
 
 
-def export(run: Path, output: str, step: int | None, dtype: str) -> str:
+def export(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
     """Write the weights of a (continued) pre-training run. Returns a sentence about it."""
-    config, checkpoint = _open(run, step)
-    if config.prune is not None:
-        raise ValueError(f"{run} is a pruning run; use `shear-tron extract {run} {output}`")
-    architecture = huggingface.read_architecture(config.model)
-    tensors = ((param.name, checkpoint.read(param.name)) for param in params(architecture.shape))
-    huggingface.write(output, architecture, tensors, dtype=getattr(torch, dtype), tokenizer_from=config.model)
+    if run.config.prune is not None:
+        raise ValueError(f"{run.path} is a pruning run; use `shear-tron extract {run.path} {output}`")
+    architecture = huggingface.read_architecture(run.model)
+    reader = sharded.Reader(run.checkpoint)
+    tensors = ((param.name, reader.read(param.name)) for param in params(architecture.shape))
+    said = _write(run, output, architecture, tensors, form, samples)
+    return f"{output}: {count(architecture.shape):,} parameters, {architecture.shape}{said}"
+
+
+def import_model(checkpoint: str, output: str, tokenizer: str, dtype: str | None) -> str:
+    """Make a Hugging Face folder of a checkpoint of another trainer, with a folder's tokenizer. Returns a sentence.
+
+    Raises ValueError where ``checkpoint`` is not whole or has another forward, or the tokenizer has more ids.
+    """
+    model = open_model(checkpoint)
+    architecture = model.architecture
+    ids, rows = load(tokenizer).vocab, architecture.shape.vocab
+    if ids > rows:
+        raise ValueError(f"{tokenizer} has {ids} ids, {checkpoint} vocab={rows}; give the model's own tokenizer")
+    tensors = shown(((name, model.read(name)) for name in model.names()), architecture)
+    write_model(output, architecture, tensors, Form(dtype=dtype), tokenizer)
     return f"{output}: {count(architecture.shape):,} parameters, {architecture.shape}"
 
 
-def _open(run: Path, step: int | None) -> tuple[RunConfig, sharded.Reader]:
-    checkpoint = sharded.latest(run) if step is None else sharded.path(run, step)
-    if checkpoint is None or not checkpoint.exists():
-        have = ", ".join(path.name for path in sharded.checkpoints(run)) or "none"
-        raise ValueError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; it has {have}")
-    return load(RunConfig, run / CONFIG), sharded.Reader(checkpoint)
+def _write(
+    run: RunFolder,
+    output: str,
+    architecture: Architecture,
+    tensors: Iterable[tuple[str, Tensor]],
+    form: Form,
+    samples: int,
+) -> str:
+    require_form(architecture, form)
+    if samples:
+        require_samples(run, architecture, form, samples)
+        return "; " + hand_over(run, Path(output), architecture, shown(tensors, architecture), form, samples)
+    said = write_model(output, architecture, shown(tensors, architecture), form, run.model)
+    return f"; {said}" if said else ""
+
+
+def shown(tensors: Iterable[tuple[str, Tensor]], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, with a bar of parameters at a terminal."""
+    with tqdm(total=count(architecture.shape), unit=" parameters", unit_scale=True, disable=None) as bar:
+        for name, tensor in tensors:
+            yield name, tensor
+            bar.update(prod(tensor.shape))

@@ -1,7 +1,11 @@
 """What a run would be: shapes, counts, and what each rank holds. Reads the config and the model's config.json only."""
 
+from dataclasses import replace
 from math import prod
+from typing import get_args
 
+from shear_tron.architecture import Architecture
+from shear_tron.checkpoint.nanotron_config import Flavour, require
 from shear_tron.params import count, params
 from shear_tron.shape import Shape
 from shear_tron.train.config import RunConfig
@@ -27,7 +31,20 @@ def _shapes(plan: Plan) -> list[str]:
     lines = [_shape("source", source)]
     if plan.target:
         lines += [_shape("target", plan.target), f"         keeps {count(plan.target) / count(source):.1%}"]
+        lines += [f"         {_nanotron(replace(plan.architecture, shape=plan.target))}"]
     return lines
+
+
+def _nanotron(target: Architecture) -> str:
+    """Whether nanotron has such a model."""
+    for flavour in get_args(Flavour):
+        try:
+            require(target, flavour)
+        except ValueError as error:
+            reason = str(error)
+        else:
+            return f"nanotron: can go on there, in {'main only' if flavour == 'main' else 'release 0.4 and main'}"
+    return f"nanotron: cannot go on there: {reason}"
 
 
 def _shape(title: str, shape: Shape) -> str:

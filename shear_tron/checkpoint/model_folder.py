@@ -1,0 +1,79 @@
+"""One door for models: a folder of whatever format, read by our names or written from them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from shear_tron.architecture import Architecture
+from shear_tron.checkpoint import huggingface, nanotron
+from shear_tron.checkpoint.huggingface_config import TOKEN_IDS
+from shear_tron.checkpoint.nanotron_config import MODEL as NANOTRON
+from shear_tron.checkpoint.nanotron_config import Flavour, require
+from shear_tron.checkpoint.safetensors_stream import read_json
+
+Format = Literal["huggingface", "nanotron"]
+
+
+class Model(Protocol):
+    """Weights that are read when asked for, by our names and in our order of rows."""
+
+    @property
+    def architecture(self) -> Architecture: ...
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def read_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model is to be written. ``dtype`` None keeps what the tensors have. ``flavour`` and ``tp`` (pieces of every
+    cut tensor) are nanotron's."""
+
+    format: Format = "huggingface"
+    dtype: str | None = "float32"
+    flavour: Flavour = "main"
+    tp: int = 1
+
+
+def open_model(folder: str | Path) -> Model:
+    """The model in a Hugging Face folder or a nanotron checkpoint, found whole; ValueError where it is neither."""
+    if (Path(folder) / NANOTRON).exists():
+        return nanotron.Checkpoint.open(folder)
+    return huggingface.Weights.open(folder, huggingface.read_architecture(folder))
+
+
+def require_form(architecture: Architecture, form: Form) -> None:
+    """Raise ValueError where a model of ``architecture`` cannot be written so. Reads and writes nothing."""
+    if form.format == "nanotron":
+        require(architecture, form.flavour, form.tp)
+    else:
+        huggingface.architecture_config(architecture, torch.float32)
+
+
+def write_model(
+    folder: str | Path,
+    architecture: Architecture,
+    tensors: Iterable[tuple[str, Tensor]],
+    form: Form,
+    tokenizer_from: str | Path,
+) -> str:
+    """Write a model whole or not at all. Returns what was checked of it, or nothing.
+
+    tensors: (our name, tensor), each once. tokenizer_from: a Hugging Face folder, for tokenizer files and special ids.
+    Raises ValueError for what the format lacks and where ``folder`` holds something.
+    """
+    dtype = None if form.dtype is None else getattr(torch, form.dtype)
+    if form.format == "nanotron":
+        config = read_json(Path(tokenizer_from) / "config.json")
+        ids = {key: config.get(key) for key in TOKEN_IDS}
+        nanotron.write(folder, architecture, tensors, flavour=form.flavour, dtype=dtype, tp=form.tp, token_ids=ids)
+        return nanotron.check(folder)
+    huggingface.write(folder, architecture, tensors, dtype=dtype, tokenizer_from=tokenizer_from)
+    return ""

@@ -1,0 +1,138 @@
+"""How nanotron lays a LLaMA out in files: several of our tensors in one of its own, cut over ranks; one file a piece.
+
+It puts q, k and v below each other, and gate and up, and cuts each of these parts by itself over tensor-parallel ranks.
+A file's header says which part of the whole tensor it holds: pairs of (slices of the file, slices of the whole).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from shear_tron.checkpoint.safetensors_stream import DTYPES, open_file
+from shear_tron.params import Param, params
+from shear_tron.shape import Shape
+
+FORMAT = "1.2"  # of the checkpoint: release 0.4 writes it; main writes 1.5 and reads both
+READ = ("1.2", "1.3", "1.4", "1.5")
+
+# nanotron's tensors: name ({} is the layer), and our leaves that lie one after the other along the cut axis
+PACKED: Mapping[str, tuple[str, ...]] = {
+    "model.token_position_embeddings.pp_block.token_embedding": ("embed",),
+    "model.decoder.{}.pp_block.input_layernorm": ("attn_norm",),
+    "model.decoder.{}.pp_block.attn.qkv_proj": ("q", "k", "v"),
+    "model.decoder.{}.pp_block.attn.o_proj": ("o",),
+    "model.decoder.{}.pp_block.post_attention_layernorm": ("mlp_norm",),
+    "model.decoder.{}.pp_block.mlp.gate_up_proj": ("gate", "up"),
+    "model.decoder.{}.pp_block.mlp.down_proj": ("down",),
+    "model.final_layer_norm.pp_block": ("norm",),
+    "model.lm_head.pp_block": ("lm_head",),  # not there with tied embeddings
+}
+_OF_LEAF = {leaf: name for name, leaves in PACKED.items() for leaf in leaves}
+TURNED = ("q", "k")  # what rotary embeddings act on
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One tensor of nanotron's: its folder in a checkpoint, and the parameters of ours that lie in it."""
+
+    folder: Path
+    parts: tuple[Param, ...]
+
+    @property
+    def axis(self) -> int:
+        """Along which the parts lie and ranks cut. 0 where nothing is cut."""
+        return self.parts[0].row.cut_axis or 0
+
+    @property
+    def is_cut(self) -> bool:
+        return self.parts[0].row.cut_axis is not None
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        size = list(self.parts[0].size)
+        size[self.axis] = sum(part.size[self.axis] for part in self.parts)
+        return tuple(size)
+
+    def spans(self) -> list[tuple[Param, int, int]]:
+        """(part, start, stop) along the axis."""
+        found, start = [], 0
+        for part in self.parts:
+            found.append((part, start, start + part.size[self.axis]))
+            start += part.size[self.axis]
+        return found
+
+    def index(self, start: int | None, stop: int | None) -> tuple[slice, ...]:
+        """``start`` to ``stop`` along the axis, all of the others."""
+        return tuple(slice(start, stop) if axis == self.axis else slice(None) for axis in range(len(self.size)))
+
+
+def packed(shape: Shape) -> list[Packed]:
+    """Every tensor of a checkpoint, in the order of ours."""
+    groups: dict[Path, list[Param]] = {}
+    for param in params(shape):
+        name = _OF_LEAF[param.row.leaf].format(param.layer)
+        groups.setdefault(Path("model", *name.split(".")), []).append(param)
+    return [Packed(folder, tuple(parts)) for folder, parts in groups.items()]
+
+
+def turn(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
+    """Rows of each head in the order 0, d/2, 1, d/2 + 1, ..: rotary halves become neighbours; or ``back``."""
+    pairs = (head_dim // 2, 2) if back else (2, head_dim // 2)
+    return weight.view(-1, *pairs, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Entries ``start`` to ``stop`` of a packed tensor along its axis: in ``file`` they begin at ``local``."""
+
+    file: Path
+    local: int
+    start: int
+    stop: int
+
+
+def find_pieces(place: Path, whole: Packed) -> tuple[Piece, ...]:
+    """The pieces of a packed tensor, in order and without a gap."""
+    found: list[Piece] = []
+    for file in sorted(place.glob("model_weight*.safetensors")):
+        with open_file(file) as opened:
+            header, data = opened.metadata() or {}, opened.get_slice("data")
+            size, dtype = tuple(data.get_shape()), data.get_dtype()
+        if dtype not in DTYPES:
+            raise ValueError(f"{file} is {dtype}; use weights in {', '.join(DTYPES)}")
+        if header.get("version", FORMAT) not in READ:
+            raise ValueError(f"{file} is of format {header['version']}; use a checkpoint of {READ[0]} to {READ[-1]}")
+        if "unsharded_shape" in header:  # numpy 2 made release 0.4 write (np.int64(96), 32)
+            size = tuple(map(int, re.findall(r"\d+(?=[),]|$)", header["unsharded_shape"])))
+        if size != whole.size:
+            raise ValueError(
+                f"{file} is of a tensor of size {list(size)}, model_config.json asks for {list(whole.size)}"
+            )
+        every = spell(whole.index(None, None))
+        for pair in header.get("local_global_slices_pairs", f"{every}#{every}").split(";"):
+            local, _, there = pair.partition("#")
+            start, stop = _along(file, there, whole)
+            found.append(Piece(file, _along(file, local, whole)[0], start, stop))
+    found.sort(key=lambda piece: piece.start)
+    ends = [0, *(piece.stop for piece in found)]
+    starts = [*(piece.start for piece in found), whole.size[whole.axis]]
+    if ends != starts:
+        raise ValueError(f"{place} is not one tensor in pieces; copy all ranks' files, and those of one layout only")
+    return tuple(found)
+
+
+def _along(file: Path, spelt: str, whole: Packed) -> tuple[int, int]:
+    """Start and stop along the axis of slices in nanotron's spelling; the other axes must be whole."""
+    bounds = [[None if n == "None" else int(n) for n in axis.split(",")] for axis in spelt.split("|")]
+    for axis, (start, stop, step) in enumerate(bounds):
+        if step not in (None, 1) or (axis != whole.axis and (start or stop not in (None, whole.size[axis]))):
+            raise ValueError(f"{file} is cut in a way that no LLaMA is ({spelt}); import another checkpoint")
+    start, stop, _ = bounds[whole.axis]
+    return start or 0, whole.size[whole.axis] if stop is None else stop
+
+
+def spell(part: tuple[slice, ...]) -> str:
+    return "|".join(f"{axis.start},{axis.stop},{axis.step}" for axis in part)

@@ -51,6 +51,20 @@ def test_examples_show(
     assert all(number in text for number in parameters)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("sheared-llama/prune-1.3b.yaml", "nanotron: can go on there, in release 0.4 and main"),
+        ("llama-3.1-8b/prune-3.6b.yaml", "nanotron: cannot go on there: rope factor=8: nanotron ignores rope_scaling"),
+    ],
+)
+def test_show_says_whether_nanotron_takes_the_target(
+    config: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert said in shown(capsys, f"examples/{config}")
+
+
 @pytest.mark.parametrize(("name", "shape"), [("1.3b", SHEARED_1B), ("2.7b", SHEARED_3B)])
 def test_continued_examples_show(
     name: str, shape: Shape, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

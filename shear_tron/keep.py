@@ -1,4 +1,4 @@
-"""Which units a model keeps: sorted indices, the rows and columns they are, and masks folded into weights.
+"""Which units a model keeps: sorted indices along every dimension, and masks folded into weights.
 
 A kept unit is one whose mask is not exactly zero. Leaving the others out changes nothing (a pruned unit adds nothing to
 the residual stream), so the same cut serves a pruning step on the kept units alone and the extraction of the final
@@ -7,26 +7,48 @@ cheaper than masking activations.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import shear_kernels
 import torch
 from torch import Tensor
 
-from shear_tron.masks import LayerMasks, Masks, sizes
-from shear_tron.params import Dim, Row
+from shear_tron.dims import UNITS, Dim, Integers, indices, sizes
+from shear_tron.masks import LayerMasks, Masks
+from shear_tron.params import Row
 from shear_tron.shape import Shape
+
+Open = Mapping[str, npt.NDArray[np.bool_]]  # by kind: whether a unit's mask is not zero
 
 
 @dataclass(frozen=True)
 class KeepLayer:
-    """What one layer keeps: sorted indices, None where it keeps all. A head's rows are its ``head_dim`` rows of q."""
+    """What one layer keeps: sorted int64 indices, absent where it keeps all.
 
-    kv_heads: Tensor | None = None
-    heads: Tensor | None = None  # query heads: every kept query of every kept group
-    ffn: Tensor | None = None
-    kv_head_rows: Tensor | None = None
-    head_rows: Tensor | None = None
+    ``axes``: entries of weights, along each dimension. ``units``: entries of masks, along HEADS and FFN.
+    """
+
+    axes: Mapping[Dim, Tensor] = field(default_factory=dict)
+    units: Mapping[Dim, Tensor] = field(default_factory=dict)
+    left_out: bool = False  # the whole layer
+
+    def select(self, weight: Tensor, row: Row) -> Tensor:
+        """The kept part of the parameter of ``row``, differentiable."""
+        return select(weight, [self.axes.get(dim) for dim in row.dims])
+
+    def masks(self, masks: LayerMasks) -> LayerMasks:
+        """The masks of the kept units of a layer: what its selected weights are run with. ``hidden`` is kept as it is:
+        a model selects it once for all its layers."""
+
+        def part(mask: Tensor | None, dim: Dim) -> Tensor | None:
+            return None if mask is None else shear_kernels.select(mask, self.units.get(dim))
+
+        return LayerMasks(masks.hidden, part(masks.heads, Dim.HEADS), part(masks.ffn, Dim.FFN), masks.layer)
+
+
+LEFT_OUT = KeepLayer(left_out=True)
 
 
 @dataclass(frozen=True)
@@ -53,90 +75,89 @@ class Keep:
                     f"mask {kind} has size {list(mask.shape)}; a model of this shape has {list(sizes(shape)[kind])}"
                 )
         device = device or next((mask.device for _, mask in masks.items()), torch.device("cpu"))
-        open_ = _to_cpu(masks)
-        hidden = _kept(open_.hidden, pad_to, whole)
-        layers: dict[int, dict[str, Tensor | None]] = {}
-        for index in range(shape.layers):
-            if open_.layers is None or open_.layers[index]:
-                layers[index] = _keep_layer(open_, index, shape, pad_to, whole)
-        hidden, *rest = _to(device, [hidden, *(kept for layer in layers.values() for kept in layer.values())])
-        indices = iter(rest)
-        return cls(hidden, {i: KeepLayer(**{name: next(indices) for name in names}) for i, names in layers.items()})
-
-    def indices(self, row: Row, layer: int | None) -> tuple[Tensor | None, Tensor | None]:
-        """Rows and columns to ``select`` of the parameter of ``row`` in ``layer`` (None outside the layers)."""
-        kept = KeepLayer() if layer is None else self.layers[layer]
-        by_dim = {
-            Dim.HIDDEN: self.hidden,
-            Dim.HEADS: kept.head_rows,
-            Dim.KV_HEADS: kept.kv_head_rows,
-            Dim.FFN: kept.ffn,
+        open_ = _open(masks)
+        hidden = _kept(open_, "hidden", None, pad_to, whole)
+        arrays: dict[tuple[int | None, str, Dim], Integers] = {}
+        if hidden is not None:
+            arrays[None, "axes", Dim.HIDDEN] = hidden
+        numbers = [index for index in range(shape.layers) if "layers" not in open_ or open_["layers"][index]]
+        for index in numbers:
+            own = {
+                kind: units
+                for kind in open_
+                if UNITS[kind].per_layer and (units := _kept(open_, kind, index, pad_to, whole)) is not None
+            }
+            for dim in (Dim.HEADS, Dim.KV_HEADS, Dim.FFN):
+                for name, factors in (("axes", dim.factors), ("units", dim.units)):
+                    if (found := indices(factors, shape, own)) is not None:
+                        arrays[index, name, dim] = found
+        everywhere: dict[Dim, Tensor] = {}
+        parts: dict[str, dict[int, dict[Dim, Tensor]]] = {
+            name: {index: {} for index in numbers} for name in ("axes", "units")
         }
-        axes = [by_dim.get(dim) for dim in row.dims]
-        return axes[0], axes[1] if len(axes) == 2 else None
+        for (layer, name, dim), kept in _to(device, arrays).items():
+            (everywhere if layer is None else parts[name][layer])[dim] = kept
+        layers = {index: KeepLayer(everywhere | parts["axes"][index], parts["units"][index]) for index in numbers}
+        return cls(everywhere.get(Dim.HIDDEN), layers)
 
-    def layer_masks(self, masks: LayerMasks, layer: int) -> LayerMasks:
-        """The masks of the kept units of a kept layer: what the layer's selected weights are run with."""
+    def layer(self, index: int) -> KeepLayer:
+        return self.layers.get(index, LEFT_OUT)
 
-        def part(mask: Tensor | None, kept: Tensor | None) -> Tensor | None:
-            return None if mask is None else shear_kernels.select(mask, kept)
-
-        kept = self.layers[layer]
-        return LayerMasks(
-            part(masks.hidden, self.hidden), part(masks.heads, kept.heads), part(masks.ffn, kept.ffn), masks.layer
-        )
+    @property
+    def outside(self) -> KeepLayer:
+        """What parameters outside the layers keep."""
+        return KeepLayer({} if self.hidden is None else {Dim.HIDDEN: self.hidden})
 
 
-def _to_cpu(masks: Masks) -> Masks:
+def select(weight: Tensor, axes: list[Tensor | None]) -> Tensor:
+    """The entries ``axes`` (None: all) of a weight of any number of dimensions, differentiable."""
+    if weight.dim() <= 2:
+        return shear_kernels.select(weight, *axes)
+    for axis, kept in enumerate(axes):
+        weight = weight if kept is None else weight.index_select(axis, kept)
+    return weight
+
+
+def _open(masks: Masks) -> Open:
     """Where each mask is not zero, on the CPU, in one transfer."""
-    flat = [(mask.detach() != 0).flatten() for _, mask in masks.items()]
-    if not flat:
-        return masks
-    parts = iter(torch.split(torch.cat(flat).cpu(), [len(part) for part in flat]))
-    return masks.map(lambda mask: next(parts).view(mask.shape))
-
-
-def _to(device: torch.device, indices: list[Tensor | None]) -> list[Tensor | None]:
-    """The index lists on ``device``, in one transfer."""
-    given = [kept for kept in indices if kept is not None]
-    if device.type == "cpu" or not given:
-        return indices
-    parts = iter(torch.split(torch.cat(given).to(device), [len(kept) for kept in given]))
-    return [None if kept is None else next(parts) for kept in indices]
-
-
-def _kept(open_: Tensor | None, pad_to: int, whole: float) -> Tensor | None:
-    """Sorted indices of the open units and of as many closed ones as it takes; None where that is all."""
-    if open_ is None:
-        return None
-    opened, closed = open_.nonzero().flatten(), (~open_).nonzero().flatten()
-    wanted = -(-max(len(opened), 1) // pad_to) * pad_to
-    if wanted >= len(open_) * whole:
-        return None
-    return torch.cat((opened, closed[: wanted - len(opened)])).sort().values
-
-
-def _keep_layer(open_: Masks, index: int, shape: Shape, pad_to: int, whole: float) -> dict[str, Tensor | None]:
-    """The fields of ``KeepLayer``."""
-    kv_heads = None if open_.kv_heads is None else _kept(open_.kv_heads[index], 1, whole)
-    heads_per_group = None if open_.heads_per_group is None else _kept(open_.heads_per_group[index], 1, whole)
-    heads = None
-    if kv_heads is not None or heads_per_group is not None:
-        all_kv_heads = torch.arange(shape.kv_heads) if kv_heads is None else kv_heads
-        heads = _expand(all_kv_heads, shape.heads_per_group, heads_per_group)
+    given = dict(masks.items())
+    if not given:
+        return {}
+    flat = torch.cat([(mask.detach() != 0).flatten() for mask in given.values()]).cpu().numpy()
+    ends = np.cumsum([mask.numel() for mask in given.values()])
     return {
-        "kv_heads": kv_heads,
-        "heads": heads,
-        "ffn": None if open_.ffn is None else _kept(open_.ffn[index], pad_to, whole),
-        "kv_head_rows": None if kv_heads is None else _expand(kv_heads, shape.head_dim),
-        "head_rows": None if heads is None else _expand(heads, shape.head_dim),
+        kind: part.reshape(mask.shape)
+        for (kind, mask), part in zip(given.items(), np.split(flat, ends[:-1]), strict=True)
     }
 
 
-def _expand(blocks: Tensor, length: int, within: Tensor | None = None) -> Tensor:
-    """Indices of the entries (or of those ``within``) of blocks of ``length`` entries each."""
-    within = torch.arange(length) if within is None else within
-    return (blocks[:, None] * length + within).flatten()
+def _to(device: torch.device, arrays: Mapping[tuple[int | None, str, Dim], Integers]) -> dict[
+    tuple[int | None, str, Dim], Tensor
+]:
+    """The index lists on ``device``, in one transfer that the host does not wait for."""
+    if not arrays:
+        return {}
+    flat = torch.from_numpy(np.concatenate(list(arrays.values())))
+    if device.type == "cuda":
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    parts = flat.to(device).split([len(array) for array in arrays.values()])
+    return dict(zip(arrays, parts, strict=True))
+
+
+def _kept(open_: Open, kind: str, layer: int | None, pad_to: int, whole: float) -> Integers | None:
+    """Sorted indices of the open units of a kind (in ``layer``) and of as many closed ones as it takes to be a multiple
+    of ``pad_to``; None where that is all."""
+    if kind not in open_:
+        return None
+    mask = open_[kind] if layer is None else open_[kind][layer]
+    opened = np.flatnonzero(mask)
+    pad_to = pad_to if UNITS[kind].fine else 1
+    wanted = -(-max(len(opened), 1) // pad_to) * pad_to
+    if wanted >= len(mask) * whole:
+        return None
+    if wanted == len(opened):
+        return opened
+    return np.sort(np.concatenate((opened, np.flatnonzero(~mask)[: wanted - len(opened)])))
 
 
 def fold(weight: Tensor, row: Row, masks: LayerMasks) -> Tensor:
@@ -145,15 +166,15 @@ def fold(weight: Tensor, row: Row, masks: LayerMasks) -> Tensor:
     weight: of the parameter of ``row`` and the units of ``masks``, for example the kept ones of a layer. Computed in at
     least float32, returned in the weight's dtype; differentiable in weight and masks.
     """
-    values = {Dim.LAYERS: masks.layer, Dim.HIDDEN: masks.hidden, Dim.HEADS: masks.heads, Dim.FFN: masks.ffn}
     scale: Tensor | None = None
-    for dim, value in values.items():
-        if value is None or dim not in row.scaled_by:
+    for dim in (Dim.LAYERS, Dim.HIDDEN, Dim.HEADS, Dim.FFN):
+        value = masks.along(dim) if dim in row.scaled_by else None
+        if value is None:
             continue
         if dim is not Dim.LAYERS:
             axis = row.dims.index(dim)
             value = value.repeat_interleave(weight.shape[axis] // len(value))  # a head has head_dim columns
-            value = value[:, None] if axis == 0 and weight.dim() == 2 else value
+            value = value.reshape(-1, *(1 for _ in range(weight.dim() - 1 - axis)))
         scale = value if scale is None else scale * value
     if scale is None:
         return weight

@@ -3,14 +3,10 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
-import torch
 from torch import Tensor
 
+from shear_tron.dims import UNITS, Dim, along
 from shear_tron.shape import Shape
-
-# Kinds of structure, in the order of the paper's "from coarse to fine"; the fields of Masks.
-KINDS = ("hidden", "layers", "kv_heads", "heads_per_group", "ffn")
-CUT_KINDS = frozenset({"kv_heads", "ffn"})  # whose units tensor parallelism deals to its ranks
 
 
 @dataclass(frozen=True)
@@ -22,14 +18,18 @@ class LayerMasks:
     ffn: Tensor | None = None  # [ffn]
     layer: Tensor | None = None  # []
 
+    def along(self, dim: Dim) -> Tensor | None:
+        """The mask that scales what lies along ``dim``."""
+        return {Dim.LAYERS: self.layer, Dim.HIDDEN: self.hidden, Dim.HEADS: self.heads, Dim.FFN: self.ffn}[dim]
+
 
 @dataclass(frozen=True)
 class Masks:
     """Masks of a whole model; None is all ones, and is what a kind that is not pruned has.
 
     A query head is kept as far as its key-value head and its place in that head's group are:
-    ``heads = kv_heads x heads_per_group``.
-    One ``heads_per_group`` mask is shared by all kv_heads of a layer, so every group keeps the same number of heads.
+    ``heads = kv_heads x heads_per_group``. One ``heads_per_group`` mask is shared by all groups of a layer, so every
+    group keeps the same number of heads.
     """
 
     hidden: Tensor | None = None  # [hidden]
@@ -50,29 +50,10 @@ class Masks:
 
     def layer(self, index: int, shape: Shape) -> LayerMasks:
         """The masks of layer ``index`` of a model of ``shape``."""
-        heads = None
-        if self.kv_heads is not None or self.heads_per_group is not None:
-            like = self.kv_heads if self.kv_heads is not None else self.heads_per_group
-            assert like is not None
-            kv_heads = like.new_ones(shape.kv_heads) if self.kv_heads is None else self.kv_heads[index]
-            heads_per_group = (
-                like.new_ones(shape.heads_per_group) if self.heads_per_group is None else self.heads_per_group[index]
-            )
-            heads = torch.outer(kv_heads, heads_per_group).flatten()
+        own = {kind: mask[index] for kind, mask in self.items() if UNITS[kind].per_layer}
         return LayerMasks(
             hidden=self.hidden,
-            heads=heads,
-            ffn=None if self.ffn is None else self.ffn[index],
+            heads=along(Dim.HEADS, shape, own),
+            ffn=own.get("ffn"),
             layer=None if self.layers is None else self.layers[index],
         )
-
-
-def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Size of each kind's mask for a model of ``shape``."""
-    return {
-        "hidden": (shape.hidden,),
-        "layers": (shape.layers,),
-        "kv_heads": (shape.layers, shape.kv_heads),
-        "heads_per_group": (shape.layers, shape.heads_per_group),
-        "ffn": (shape.layers, shape.ffn),
-    }

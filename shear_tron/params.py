@@ -1,99 +1,107 @@
-"""The table of named dimensions: one row per kind of parameter. Most of the project follows from it.
+"""The table of parameters: one row per kind. Most of the project follows from it.
 
-A row says what the parameter is called here and in Hugging Face, which dimensions it spans, and which masks its values
-are scaled by when a mask is folded into the weights. From it come: parameter counts, names in checkpoints, what tensor
-parallelism cuts, which rows and columns a mask selects, and where its values go.
+A row says what a parameter is called, where it lives, which dimensions it spans, and which masks its values are scaled
+by when a mask is folded into the weights. From it come: parameter counts, what tensor parallelism cuts and how
+gradients are summed, which rows and columns a mask selects, and where its values go. What other formats call a
+parameter is theirs to know (``shear_tron.checkpoint.names``).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from functools import cache
 from math import prod
+from typing import Literal
 
+from shear_tron.architecture import Architecture
+from shear_tron.dims import Dim
 from shear_tron.shape import Shape
 
-
-class Dim(Enum):
-    """A dimension of a weight, or (LAYERS) of the stack of layers."""
-
-    VOCAB = "vocab"
-    HIDDEN = "hidden"
-    HEADS = "heads"  # heads * head_dim rows: the query heads, group after group
-    KV_HEADS = "kv_heads"  # kv_heads * head_dim rows
-    FFN = "ffn"
-    LAYERS = "layers"
-
-    def size(self, shape: Shape) -> int:
-        """Length of an axis of this dimension in a weight of a model of ``shape``."""
-        unit = shape.head_dim if self in (Dim.HEADS, Dim.KV_HEADS) else 1
-        return int(getattr(shape, self.value)) * unit
-
-
-# What tensor parallelism cuts. HIDDEN is whole on every rank.
-CUT = frozenset({Dim.VOCAB, Dim.HEADS, Dim.KV_HEADS, Dim.FFN})
+VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS = Dim
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of parameter. ``{}`` in the names stands for the layer's number."""
+    """One kind of parameter.
 
-    name: str
-    hf: str
+    ``where`` it lives: on the first pipeline stage, in every layer, or on the last stage. ``acts_on``: what the weight
+    meets. The gradient of a weight that every tensor-parallel rank holds whole is a part of a sum where ranks saw
+    different things: always if it acts on what is cut (this rank's heads), and if it acts on tokens, where those are
+    cut (sequence parallelism).
+    """
+
+    leaf: str  # name within its module: ``q`` for ``layers.3.q``
     dims: tuple[Dim, ...]
     scaled_by: frozenset[Dim] = frozenset()
-
-    @property
-    def in_layer(self) -> bool:
-        return self.name.startswith("layers.")
-
-    @property
-    def leaf(self) -> str:
-        """Name within its module: ``q`` for ``layers.3.q``."""
-        return self.name.rsplit(".", 1)[-1]
+    where: Literal["first", "layer", "last"] = "layer"
+    acts_on: Literal["tokens", "cut"] = "tokens"
 
     @property
     def cut_axis(self) -> int | None:
         """The axis that tensor parallelism cuts, or None where every rank holds the whole."""
-        return next((axis for axis, dim in enumerate(self.dims) if dim in CUT), None)
+        return next((axis for axis, dim in enumerate(self.dims) if dim.is_cut), None)
+
+    def name(self, layer: int | None) -> str:
+        return self.leaf if layer is None else f"layers.{layer}.{self.leaf}"
 
     def size(self, shape: Shape) -> tuple[int, ...]:
         return tuple(dim.size(shape) for dim in self.dims)
 
-
-def _row(name: str, hf: str, dims: tuple[Dim, ...], *scaled_by: Dim) -> Row:
-    return Row(name, hf, dims, frozenset(scaled_by))
-
-
-VOCAB, HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = Dim
-
-TABLE: tuple[Row, ...] = (
-    _row("embed", "model.embed_tokens.weight", (VOCAB, HIDDEN), HIDDEN),
-    _row("layers.{}.attn_norm", "model.layers.{}.input_layernorm.weight", (HIDDEN,), HIDDEN),
-    _row("layers.{}.q", "model.layers.{}.self_attn.q_proj.weight", (HEADS, HIDDEN)),
-    _row("layers.{}.k", "model.layers.{}.self_attn.k_proj.weight", (KV_HEADS, HIDDEN)),
-    _row("layers.{}.v", "model.layers.{}.self_attn.v_proj.weight", (KV_HEADS, HIDDEN)),
-    _row("layers.{}.o", "model.layers.{}.self_attn.o_proj.weight", (HIDDEN, HEADS), HIDDEN, HEADS, LAYERS),
-    _row("layers.{}.mlp_norm", "model.layers.{}.post_attention_layernorm.weight", (HIDDEN,), HIDDEN),
-    _row("layers.{}.gate", "model.layers.{}.mlp.gate_proj.weight", (FFN, HIDDEN)),
-    _row("layers.{}.up", "model.layers.{}.mlp.up_proj.weight", (FFN, HIDDEN)),
-    _row("layers.{}.down", "model.layers.{}.mlp.down_proj.weight", (HIDDEN, FFN), HIDDEN, FFN, LAYERS),
-    _row("norm", "model.norm.weight", (HIDDEN,), HIDDEN),
-    _row("lm_head", "lm_head.weight", (VOCAB, HIDDEN)),
-)
-
-BY_LEAF = {row.leaf: row for row in TABLE}
-LAYER_TABLE = tuple(row for row in TABLE if row.in_layer)
-MATRICES = tuple(row for row in LAYER_TABLE if len(row.dims) == 2)
-
-# Tied embeddings: the shared matrix carries HIDDEN, so the final norm, whose output it multiplies, must not.
-_TIED_NORM = _row("norm", "model.norm.weight", (HIDDEN,))
+    def bias(self) -> "Row":
+        """The row of this weight's bias: what it adds is scaled as what the weight gives, but not as what it reads."""
+        scaled_by = self.scaled_by - set(self.dims[1:])
+        return Row(f"{self.leaf}_bias", self.dims[:1], scaled_by, self.where, self.acts_on)
 
 
-def table(tied: bool) -> tuple[Row, ...]:
-    """The rows of a model with tied or untied embeddings."""
+def _row(leaf: str, dims: tuple[Dim, ...], *scaled_by: Dim) -> Row:
+    return Row(leaf, dims, frozenset(scaled_by))
+
+
+@cache
+def rows(architecture: Architecture) -> tuple[Row, ...]:
+    """The rows of a model: embedding first, those of a layer, final norm and head last; a bias after its weight."""
+    tied = architecture.shape.tied
+    weights = [
+        Row("embed", (VOCAB, HIDDEN), frozenset({HIDDEN}), "first"),
+        _row("attn_norm", (HIDDEN,), HIDDEN),
+        _row("q", (HEADS, HIDDEN)),
+        _row("k", (KV_HEADS, HIDDEN)),
+        _row("v", (KV_HEADS, HIDDEN)),
+        _row("o", (HIDDEN, HEADS), HIDDEN, HEADS, LAYERS),
+        _row("mlp_norm", (HIDDEN,), HIDDEN),
+        _row("up", (FFN, HIDDEN)),
+        _row("down", (HIDDEN, FFN), HIDDEN, FFN, LAYERS),
+        # Tied embeddings: the shared matrix carries HIDDEN, so the final norm, whose output it multiplies, must not.
+        Row("norm", (HIDDEN,), frozenset() if tied else frozenset({HIDDEN}), "last"),
+    ]
+    if architecture.mlp == "swiglu":
+        weights.insert(7, _row("gate", (FFN, HIDDEN)))
+    if architecture.qk_norm:
+        weights[5:5] = [Row(leaf, (HEAD_DIM,), acts_on="cut") for leaf in ("q_norm", "k_norm")]
     if not tied:
-        return TABLE
-    return tuple(_TIED_NORM if row.name == "norm" else row for row in TABLE if row.name != "lm_head")
+        weights.append(Row("lm_head", (VOCAB, HIDDEN), where="last"))
+    with_bias = set(architecture.biases)
+    if architecture.norm == "layer":
+        with_bias |= {"attn_norm", "mlp_norm", "norm"}
+    unknown = sorted(with_bias - {row.leaf for row in weights})
+    if unknown:
+        raise ValueError(f"biases={unknown} are not of weights of this model; use {[row.leaf for row in weights]}")
+    return tuple(row for weight in weights for row in ((weight, weight.bias()) if weight.leaf in with_bias else (weight,)))
+
+
+@cache
+def by_leaf(architecture: Architecture) -> dict[str, Row]:
+    return {row.leaf: row for row in rows(architecture)}
+
+
+@cache
+def layer_rows(architecture: Architecture) -> tuple[Row, ...]:
+    return tuple(row for row in rows(architecture) if row.where == "layer")
+
+
+@cache
+def matrices(architecture: Architecture) -> tuple[Row, ...]:
+    """Rows of the matrices of a layer."""
+    return tuple(row for row in layer_rows(architecture) if len(row.dims) > 1)
 
 
 @dataclass(frozen=True)
@@ -106,22 +114,18 @@ class Param:
 
     @property
     def name(self) -> str:
-        return self.row.name.format(self.layer)
-
-    @property
-    def hf(self) -> str:
-        return self.row.hf.format(self.layer)
+        return self.row.name(self.layer)
 
 
-def params(shape: Shape) -> Iterator[Param]:
-    """Every parameter of a model of ``shape``, embedding first, layer by layer, head last."""
-    rows = table(shape.tied)
-    yield from (Param(row, None, row.size(shape)) for row in rows if row.name == "embed")
+def params(architecture: Architecture) -> Iterator[Param]:
+    """Every parameter of a model: embedding first, layer by layer, head last."""
+    shape, table = architecture.shape, rows(architecture)
+    yield from (Param(row, None, row.size(shape)) for row in table if row.where == "first")
     for layer in range(shape.layers):
-        yield from (Param(row, layer, row.size(shape)) for row in rows if row.in_layer)
-    yield from (Param(row, None, row.size(shape)) for row in rows if row.name in ("norm", "lm_head"))
+        yield from (Param(row, layer, row.size(shape)) for row in table if row.where == "layer")
+    yield from (Param(row, None, row.size(shape)) for row in table if row.where == "last")
 
 
-def count(shape: Shape) -> int:
-    """Number of parameters of a model of ``shape``."""
-    return sum(prod(param.size) for param in params(shape))
+def count(architecture: Architecture) -> int:
+    """Number of parameters of a model."""
+    return sum(prod(param.size) for param in params(architecture))

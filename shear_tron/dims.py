@@ -54,7 +54,7 @@ class Dim(Enum):
 
     @property
     def factors(self) -> tuple[str, ...]:
-        return self.value
+        return tuple(self.value)
 
     @property
     def units(self) -> tuple[str, ...]:

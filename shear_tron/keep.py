@@ -34,9 +34,17 @@ class KeepLayer:
     units: Mapping[Dim, Tensor] = field(default_factory=dict)
     left_out: bool = False  # the whole layer
 
-    def select(self, weight: Tensor, row: Row) -> Tensor:
-        """The kept part of the parameter of ``row``, differentiable."""
-        return select(weight, [self.axes.get(dim) for dim in row.dims])
+    def to(self, device: torch.device) -> "KeepLayer":
+        def moved(kept: Mapping[Dim, Tensor]) -> dict[Dim, Tensor]:
+            return {dim: indices.to(device) for dim, indices in kept.items()}
+
+        return KeepLayer(moved(self.axes), moved(self.units), self.left_out)
+
+    def select(self, weight: Tensor, row: Row, folded: LayerMasks | None = None) -> Tensor:
+        """The kept part of the parameter of ``row``, differentiable; times ``folded``, masks of the kept units that
+        scale it (``fold``), in the same pass."""
+        axes = [self.axes.get(dim) for dim in row.dims]
+        return _select(weight, axes, _scales(weight, row, folded, axes))
 
     def masks(self, masks: LayerMasks) -> LayerMasks:
         """The masks of the kept units of a layer: what its selected weights are run with. ``hidden`` is kept as it is:
@@ -48,7 +56,7 @@ class KeepLayer:
         return LayerMasks(masks.hidden, part(masks.heads, Dim.HEADS), part(masks.ffn, Dim.FFN), masks.layer)
 
 
-LEFT_OUT = KeepLayer(left_out=True)
+ALL, LEFT_OUT = KeepLayer(), KeepLayer(left_out=True)
 
 
 @dataclass(frozen=True)
@@ -109,15 +117,6 @@ class Keep:
         return KeepLayer({} if self.hidden is None else {Dim.HIDDEN: self.hidden})
 
 
-def select(weight: Tensor, axes: list[Tensor | None]) -> Tensor:
-    """The entries ``axes`` (None: all) of a weight of any number of dimensions, differentiable."""
-    if weight.dim() <= 2:
-        return shear_kernels.select(weight, *axes)
-    for axis, kept in enumerate(axes):
-        weight = weight if kept is None else weight.index_select(axis, kept)
-    return weight
-
-
 def _open(masks: Masks) -> Open:
     """Where each mask is not zero, on the CPU, in one transfer."""
     given = dict(masks.items())
@@ -131,16 +130,16 @@ def _open(masks: Masks) -> Open:
     }
 
 
-def _to(device: torch.device, arrays: Mapping[tuple[int | None, str, Dim], Integers]) -> dict[
-    tuple[int | None, str, Dim], Tensor
-]:
+def _to(
+    device: torch.device, arrays: Mapping[tuple[int | None, str, Dim], Integers]
+) -> dict[tuple[int | None, str, Dim], Tensor]:
     """The index lists on ``device``, in one transfer that the host does not wait for."""
     if not arrays:
         return {}
     flat = torch.from_numpy(np.concatenate(list(arrays.values())))
     if device.type == "cuda":
         flat = flat.pin_memory().to(device, non_blocking=True)
-    parts = flat.to(device).split([len(array) for array in arrays.values()])
+    parts = torch.split(flat.to(device), [len(array) for array in arrays.values()])
     return dict(zip(arrays, parts, strict=True))
 
 
@@ -166,17 +165,33 @@ def fold(weight: Tensor, row: Row, masks: LayerMasks) -> Tensor:
     weight: of the parameter of ``row`` and the units of ``masks``, for example the kept ones of a layer. Computed in at
     least float32, returned in the weight's dtype; differentiable in weight and masks.
     """
-    scale: Tensor | None = None
-    for dim in (Dim.LAYERS, Dim.HIDDEN, Dim.HEADS, Dim.FFN):
-        value = masks.along(dim) if dim in row.scaled_by else None
-        if value is None:
-            continue
-        if dim is not Dim.LAYERS:
-            axis = row.dims.index(dim)
-            value = value.repeat_interleave(weight.shape[axis] // len(value))  # a head has head_dim columns
-            value = value.reshape(-1, *(1 for _ in range(weight.dim() - 1 - axis)))
-        scale = value if scale is None else scale * value
-    if scale is None:
-        return weight
+    return ALL.select(weight, row, masks)
+
+
+def _scales(weight: Tensor, row: Row, masks: LayerMasks | None, axes: list[Tensor | None]) -> list[Tensor | None]:
+    """What each axis of the kept part of a weight is scaled by: [kept entries], None for nothing."""
+    scales: list[Tensor | None] = [None] * len(axes)
+    if masks is None:
+        return scales
+    lengths = [size if kept is None else len(kept) for size, kept in zip(weight.shape, axes, strict=True)]
+    for dim in row.scaled_by - {Dim.LAYERS}:
+        axis, value = row.dims.index(dim), masks.along(dim)
+        if value is not None:
+            scales[axis] = value.repeat_interleave(lengths[axis] // len(value)).to(weight.device)  # a head: head_dim
+    if Dim.LAYERS in row.scaled_by and masks.layer is not None:
+        layer = masks.layer.to(weight.device)
+        scales[0] = layer.expand(lengths[0]) if scales[0] is None else scales[0] * layer
+    return scales
+
+
+def _select(weight: Tensor, axes: list[Tensor | None], scales: list[Tensor | None]) -> Tensor:
+    """The entries ``axes`` (None: all) of a weight of any number of dimensions, times ``scales``."""
+    if weight.dim() <= 2:
+        columns, column_scale = (axes[1], scales[1]) if weight.dim() == 2 else (None, None)
+        return shear_kernels.select(weight, axes[0], columns, row_scale=scales[0], column_scale=column_scale)
+    for axis, kept in enumerate(axes):
+        weight = weight if kept is None else weight.index_select(axis, kept)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return (wide * scale.to(weight.device)).to(weight.dtype)
+    for axis, scale in enumerate(scales):
+        wide = wide if scale is None else wide * scale.view(-1, *(1,) * (weight.dim() - 1 - axis))
+    return wide.to(weight.dtype)

@@ -57,3 +57,6 @@ class Masks:
             ffn=own.get("ffn"),
             layer=None if self.layers is None else self.layers[index],
         )
+
+
+NO_MASKS = Masks()

@@ -60,32 +60,31 @@ def _row(leaf: str, dims: tuple[Dim, ...], *scaled_by: Dim) -> Row:
 def rows(architecture: Architecture) -> tuple[Row, ...]:
     """The rows of a model: embedding first, those of a layer, final norm and head last; a bias after its weight."""
     tied = architecture.shape.tied
+    of_heads = [Row(leaf, (HEAD_DIM,), acts_on="cut") for leaf in ("q_norm", "k_norm")]
     weights = [
         Row("embed", (VOCAB, HIDDEN), frozenset({HIDDEN}), "first"),
         _row("attn_norm", (HIDDEN,), HIDDEN),
         _row("q", (HEADS, HIDDEN)),
         _row("k", (KV_HEADS, HIDDEN)),
         _row("v", (KV_HEADS, HIDDEN)),
+        *(of_heads if architecture.qk_norm else []),
         _row("o", (HIDDEN, HEADS), HIDDEN, HEADS, LAYERS),
         _row("mlp_norm", (HIDDEN,), HIDDEN),
+        *([_row("gate", (FFN, HIDDEN))] if architecture.mlp == "swiglu" else []),
         _row("up", (FFN, HIDDEN)),
         _row("down", (HIDDEN, FFN), HIDDEN, FFN, LAYERS),
         # Tied embeddings: the shared matrix carries HIDDEN, so the final norm, whose output it multiplies, must not.
         Row("norm", (HIDDEN,), frozenset() if tied else frozenset({HIDDEN}), "last"),
+        *([] if tied else [Row("lm_head", (VOCAB, HIDDEN), where="last")]),
     ]
-    if architecture.mlp == "swiglu":
-        weights.insert(7, _row("gate", (FFN, HIDDEN)))
-    if architecture.qk_norm:
-        weights[5:5] = [Row(leaf, (HEAD_DIM,), acts_on="cut") for leaf in ("q_norm", "k_norm")]
-    if not tied:
-        weights.append(Row("lm_head", (VOCAB, HIDDEN), where="last"))
     with_bias = set(architecture.biases)
     if architecture.norm == "layer":
         with_bias |= {"attn_norm", "mlp_norm", "norm"}
-    unknown = sorted(with_bias - {row.leaf for row in weights})
-    if unknown:
-        raise ValueError(f"biases={unknown} are not of weights of this model; use {[row.leaf for row in weights]}")
-    return tuple(row for weight in weights for row in ((weight, weight.bias()) if weight.leaf in with_bias else (weight,)))
+    leaves = [row.leaf for row in weights]
+    for leaf in sorted(with_bias):
+        if leaf not in leaves:
+            raise ValueError(f"biases holds {leaf!r}, which this model lacks; use some of {', '.join(leaves)}")
+    return tuple(row for w in weights for row in ([w, w.bias()] if w.leaf in with_bias else [w]))
 
 
 @cache

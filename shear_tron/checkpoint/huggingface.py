@@ -22,6 +22,21 @@ from shear_tron.params import Param, params
 
 __all__ = ["Weights", "architecture_config", "read_architecture", "write"]
 
+# WIP until names.py
+_HF = {
+    "embed": "model.embed_tokens.weight", "attn_norm": "model.layers.{}.input_layernorm.weight",
+    "q": "model.layers.{}.self_attn.q_proj.weight", "k": "model.layers.{}.self_attn.k_proj.weight",
+    "v": "model.layers.{}.self_attn.v_proj.weight", "o": "model.layers.{}.self_attn.o_proj.weight",
+    "mlp_norm": "model.layers.{}.post_attention_layernorm.weight", "gate": "model.layers.{}.mlp.gate_proj.weight",
+    "up": "model.layers.{}.mlp.up_proj.weight", "down": "model.layers.{}.mlp.down_proj.weight",
+    "norm": "model.norm.weight", "lm_head": "lm_head.weight",
+}  # fmt: skip
+
+
+def hf_name(param: Param) -> str:
+    return _HF[param.row.leaf].format(param.layer)
+
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -53,7 +68,7 @@ class Weights:
         """
         folder = Path(folder)
         found = entries(folder)
-        parameters = {parameter.hf: parameter for parameter in params(architecture.shape)}
+        parameters = {hf_name(parameter): parameter for parameter in params(architecture)}
         for hf in found:
             redundant = hf.endswith("rotary_emb.inv_freq") or (hf == "lm_head.weight" and architecture.shape.tied)
             if hf not in parameters and not redundant:
@@ -86,16 +101,18 @@ class Weights:
 
 
 def _check(folder: Path, parameter: Param, found: Mapping[str, Entry]) -> None:
-    entry = found.get(parameter.hf)
+    entry = found.get(hf_name(parameter))
     if entry is None:
-        raise ValueError(f"{folder} lacks {parameter.hf}, which config.json asks for; fetch the whole folder again")
+        raise ValueError(
+            f"{folder} lacks {hf_name(parameter)}, which config.json asks for; fetch the whole folder again"
+        )
     if entry.size != parameter.size:
         raise ValueError(
-            f"{entry.path}: {parameter.hf} has size {list(entry.size)}, config.json asks for {list(parameter.size)}; "
+            f"{entry.path}: {hf_name(parameter)} has size {list(entry.size)}, config.json asks for {list(parameter.size)}; "
             "use weights and config.json of one model"
         )
     if entry.dtype not in DTYPES:
-        raise ValueError(f"{entry.path}: {parameter.hf} is {entry.dtype}; use weights in {', '.join(DTYPES)}")
+        raise ValueError(f"{entry.path}: {hf_name(parameter)} is {entry.dtype}; use weights in {', '.join(DTYPES)}")
 
 
 def _check_tied_head(embed: Entry, head: Entry, rows: int = 8192) -> None:
@@ -158,8 +175,8 @@ def _write_tensors(
     shard_bytes: float,
 ) -> torch.dtype:
     """Write all tensors; returns the dtype they have on disk."""
-    sizes = {parameter.hf: parameter.size for parameter in params(architecture.shape)}
-    hf_names = {parameter.name: parameter.hf for parameter in params(architecture.shape)}
+    sizes = {hf_name(parameter): parameter.size for parameter in params(architecture)}
+    hf_names = {parameter.name: hf_name(parameter) for parameter in params(architecture)}
     writer: Writer | None = None
     stored = dtype
     for name, tensor in tensors:

@@ -1,6 +1,6 @@
 """How the model meets tensor parallelism: the few places where it could be cut.
 
-``Split`` is a model on one device, where nothing is. ``shear_tron.parallel.tensor.TensorParallel`` overrides it.
+``Split`` itself is a model on one device, where nothing is. ``shear_tron.parallel.tensor.TensorParallel`` overrides it.
 """
 
 from collections.abc import Callable

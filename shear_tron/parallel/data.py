@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from shear_tron.model.transformer import Transformer
 from shear_tron.parallel.tensor import TensorParallel
 from shear_tron.parallel.topology import Topology
-from shear_tron.params import BY_LEAF
+from shear_tron.params import by_leaf
 
 
 class Weights(Protocol):
@@ -36,7 +36,7 @@ def shard(
 
     def fill(module: nn.Module, prefix: str) -> None:
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            row = BY_LEAF[leaf]
+            row = by_leaf(stage.architecture)[leaf]
             if row.cut_axis is None or split.size == 1:
                 part = weights.read(prefix + leaf)
             else:

@@ -1,7 +1,7 @@
 """Pipeline parallelism with torch's schedules; one stage without a pipeline is the plain loop over microbatches."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,40 +11,32 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from shear_tron.architecture import Architecture
-from shear_tron.keep import Keep
-from shear_tron.masks import Masks
+from shear_tron.model.context import DENSE, Context
+from shear_tron.model.readout import NEXT_TOKEN, Readout
 from shear_tron.model.transformer import Transformer
 from shear_tron.parallel.tensor import TensorParallel
 from shear_tron.parallel.topology import Topology
 
 
-@dataclass(frozen=True)
-class Context:
-    """What one microbatch runs under: masks; to leave closed units out, which to keep; where its documents end."""
-
-    masks: Masks | None = None
-    keep: Keep | None = None
-    documents: Tensor | None = None  # see shear_tron.model.transformer.Positions
-
-
 class PipelinePart(Transformer):
-    """A stage whose masks wait in a queue: schedules pass tensors only, and call microbatches in order."""
+    """A stage whose contexts wait in a queue: schedules pass tensors only, and call microbatches in order."""
 
     waiting: Iterator[Context] = iter(())
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
-        gated = next(self.waiting)
-        return super().forward(x, labels, gated.masks, gated.keep, labels.shape[1], gated.documents)
+        return super().forward(x, labels, next(self.waiting), labels.shape[1])
 
 
-def build_stages(architecture: Architecture, topology: Topology, checkpointing: str) -> list[Transformer]:
+def build_stages(
+    architecture: Architecture, topology: Topology, checkpointing: str, readout: Readout = NEXT_TOKEN
+) -> list[Transformer]:
     """This rank's stages, on the meta device."""
     layout = topology.layout
     split = TensorParallel(topology.mesh["tp"], layout.sequence)
     kind = Transformer if layout.pp == 1 else PipelinePart
     with torch.device("meta"):
         return [
-            kind(architecture, layout.layers(number, architecture.shape.layers), split, checkpointing)
+            kind(architecture, layout.layers(number, architecture.shape.layers), split, checkpointing, readout)
             for number in stage_numbers(topology)
         ]
 
@@ -87,40 +79,44 @@ class Engine:
             dtype=compute,
             device=topology.device,
         )
+        self.readout = stages[0].readout
         self.schedule = self._schedule(micro_batch, time) if topology.layout.pp > 1 else None
 
-    def train(self, tokens: Tensor, labels: Tensor, gated: Sequence[Context] | None) -> Tensor | None:
-        """Add the gradients of the mean loss to parameters and masks; return the loss of each sequence.
+    def train(self, tokens: Tensor, labels: Tensor, contexts: Sequence[Context] | None) -> Tensor | None:
+        """Add the gradients of the mean loss to parameters and masks; return the losses of each sequence.
 
-        tokens, labels: [batch, time]; gated: one per microbatch, masks being leaves. The gradient is of the mean over
-        this rank's batch; FSDP takes the mean over data-parallel ranks. The losses [batch] are known on ranks that
-        hold the last stage, elsewhere the result is None.
+        tokens, labels: [batch, time]; contexts: one per microbatch, masks being leaves. The gradient is of the
+        readout's weighted terms, the mean over this rank's batch; FSDP takes the mean over data-parallel ranks. The
+        losses [terms, batch] are known on ranks that hold the last stage, elsewhere the result is None.
         """
-        gated = self._placed(tokens, gated or [Context()] * self.count)
+        contexts = self._placed(tokens, contexts or [DENSE] * self.count)
         if self.schedule is not None:
             for stage in self.stages:
-                cast(PipelinePart, stage).waiting = iter(gated)
+                cast(PipelinePart, stage).waiting = iter(contexts)
             inputs = (tokens,) if any(stage.is_first for stage in self.stages) else ()
             result = self.schedule.step(*inputs, target=labels if self.has_loss else None, labels=labels)
-            return cast(Tensor, result).detach() if self.has_loss else None
-        stage, losses = self.stages[0], []
+            if not self.has_loss:
+                return None
+            losses = cast(Tensor, result).detach()  # [microbatches x terms, sequences]
+            return torch.cat(losses.chunk(self.count), 1)
+        stage, found = self.stages[0], []
         assert isinstance(stage, FSDPModule)
-        parts = zip(tokens.chunk(self.count), labels.chunk(self.count), gated, strict=True)
-        for number, (rows, wanted, under) in enumerate(parts):
+        parts = zip(tokens.chunk(self.count), labels.chunk(self.count), contexts, strict=True)
+        for number, (rows, wanted, context) in enumerate(parts):
             stage.set_requires_gradient_sync(number == self.count - 1)
-            loss = cast(Transformer, stage)(rows, wanted, under.masks, under.keep, documents=under.documents)
-            (loss.mean() / self.count).backward()
-            losses.append(loss.detach())
-        return torch.cat(losses)
+            loss: Tensor = stage(rows, wanted, context)
+            self._minimised(loss).backward()  # type: ignore[no-untyped-call]
+            found.append(loss.detach())
+        return torch.cat(found, 1)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor, gated: Context) -> Tensor | None:
-        """The loss of each sequence, without gradients; as ``train`` but with the same masks throughout.
+    def evaluate(self, tokens: Tensor, labels: Tensor, context: Context) -> Tensor | None:
+        """The losses of each sequence, without gradients; as ``train`` but with the same masks throughout.
 
         Schedules are made for training steps; forward alone needs only messages down the line.
         """
         group, losses, sent = self.topology.mesh.get_group("pp"), [], []
-        placed = self._placed(tokens, [gated] * self.count)
+        placed = self._placed(tokens, [context] * self.count)
         parts = list(zip(tokens.chunk(self.count), labels.chunk(self.count), placed, strict=True))
         for stage in self.stages:
             if isinstance(stage, PipelinePart):
@@ -130,10 +126,7 @@ class Engine:
                 if not stage.is_first:
                     x = torch.empty_like(self.message)
                     dist.recv(x, group=group, group_src=(self.topology.pp_rank - 1) % self.topology.layout.pp)
-                if isinstance(stage, PipelinePart):
-                    x = stage(x, wanted)
-                else:
-                    x = stage(x, wanted, under.masks, under.keep, documents=under.documents)
+                x = stage(x, wanted) if isinstance(stage, PipelinePart) else stage(x, wanted, under)
                 if stage.is_last:
                     losses.append(x)
                 else:
@@ -145,20 +138,36 @@ class Engine:
         for _, work in sent:
             if work is not None:
                 work.wait()
-        return torch.cat(losses) if losses else None
+        return torch.cat(losses, 1) if losses else None
 
-    def _placed(self, tokens: Tensor, gated: Sequence[Context]) -> Sequence[Context]:
+    def broadcast(self, losses: Tensor | None, sequences: int) -> Tensor:
+        """What ``train`` or ``evaluate`` returned, [terms, sequences], known to every pipeline rank."""
+        if self.topology.layout.pp == 1:
+            assert losses is not None
+            return losses
+        losses = self._empty_losses(sequences) if losses is None else losses.contiguous()
+        dist.broadcast(losses, group_src=self.topology.layout.pp - 1, group=self.topology.mesh.get_group("pp"))
+        return losses
+
+    def _empty_losses(self, sequences: int) -> Tensor:
+        precision = torch.float64 if self.message.dtype == torch.float64 else torch.float32
+        return torch.empty(len(self.readout.terms), sequences, dtype=precision, device=self.topology.device)
+
+    def _placed(self, tokens: Tensor, contexts: Sequence[Context]) -> Sequence[Context]:
         if self.documents is None:
-            return gated
-        parts = zip(gated, tokens.chunk(self.count), strict=True)
-        return [replace(under, documents=self.documents(rows)) for under, rows in parts]
+            return contexts
+        parts = zip(contexts, tokens.chunk(self.count), strict=True)
+        return [replace(context, documents=self.documents(rows)) for context, rows in parts]
+
+    def _minimised(self, losses: Tensor) -> Tensor:
+        """One microbatch's share of what is minimised; losses: [terms, sequences]."""
+        return losses.mean(1) @ losses.new_tensor(self.readout.weights) / self.count
 
     def _schedule(self, micro_batch: int, time: int) -> Any:
         layout, device = self.topology.layout, self.topology.device
         # Shapes are said beforehand; a schedule would find them out by running stages on meta tensors.
         ids = torch.empty(micro_batch, time, dtype=torch.int64, device=device)
-        precision = torch.float64 if self.message.dtype == torch.float64 else torch.float32
-        losses = torch.empty(micro_batch, dtype=precision, device=device)
+        losses = self._empty_losses(micro_batch)
         group = self.topology.mesh.get_group("pp")
         parts: list[Any] = [
             PipelineStage(
@@ -173,21 +182,10 @@ class Engine:
             for number, stage in zip(stage_numbers(self.topology), self.stages, strict=True)
         ]
 
-        def mean(losses: Tensor, _labels: Tensor) -> Tensor:
-            return losses.mean() / self.count
+        def minimised(losses: Tensor, _labels: Tensor) -> Tensor:
+            return self._minimised(losses)
 
         # scale_grads would divide the parameters' gradients by the count, and not those of the masks.
         if layout.schedule == "interleaved":
-            return ScheduleInterleaved1F1B(parts, self.count, mean, scale_grads=False)
-        return Schedule1F1B(parts[0], self.count, mean, scale_grads=False)
-
-
-def broadcast_losses(losses: Tensor | None, like: Tensor, topology: Topology) -> Tensor:
-    """The last stage's losses [batch], known to every pipeline rank."""
-    if topology.layout.pp == 1:
-        assert losses is not None
-        return losses
-    losses = torch.empty_like(like) if losses is None else losses.contiguous()
-    group = topology.mesh.get_group("pp")
-    dist.broadcast(losses, group_src=topology.layout.pp - 1, group=group)
-    return losses
+            return ScheduleInterleaved1F1B(parts, self.count, minimised, scale_grads=False)
+        return Schedule1F1B(parts[0], self.count, minimised, scale_grads=False)

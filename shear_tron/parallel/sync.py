@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from shear_tron.model.transformer import Transformer
 from shear_tron.parallel.topology import Topology
-from shear_tron.params import BY_LEAF
+from shear_tron.params import by_leaf
 
 
 def sum_parts_mean_data(tensors: Sequence[Tensor], topology: Topology) -> None:
@@ -53,10 +53,11 @@ def clip(stages: Sequence[Transformer], limit: float, topology: Topology) -> Ten
     """Scale all gradients such that their global norm is at most ``limit``. Returns the norm before, 0-d."""
     cut: list[Tensor] = []
     whole: list[Tensor] = []
+    table = by_leaf(stages[0].architecture)
     for name, parameter in counted_once(stages).items():
         if parameter.grad is not None:
             assert isinstance(parameter.grad, DTensor)
-            row = BY_LEAF[name.rsplit(".", 1)[-1]]
+            row = table[name.rsplit(".", 1)[-1]]
             (whole if row.cut_axis is None else cut).append(parameter.grad.to_local())
     square = get_total_norm(cut).square() + get_total_norm(whole).square() / topology.layout.tp
     square = square.to(topology.device)

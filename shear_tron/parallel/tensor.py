@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from shear_tron.dims import CUT_KINDS
 from shear_tron.keep import Keep
-from shear_tron.masks import CUT_KINDS, Masks
+from shear_tron.masks import Masks
 from shear_tron.model.split import Split
-from shear_tron.params import CUT, Row
+from shear_tron.params import Row
 from shear_tron.shape import Shape
 
 
@@ -34,9 +35,9 @@ class TensorParallel(Split):
 
     def weight(self, parameter: Tensor, row: Row) -> Tensor:
         assert isinstance(parameter, DTensor)
-        # A norm's weight is whole on every rank; under sequence parallelism each rank saw only its tokens, so its
-        # gradient is a part of a sum.
-        whole: Placement = Partial() if self.sequence else Replicate()
+        # The gradient of a weight that every rank holds whole is a part of a sum where ranks saw different things: this
+        # rank's heads, or under sequence parallelism its tokens.
+        whole: Placement = Partial() if self.sequence or row.acts_on == "cut" else Replicate()
         return parameter.to_local(grad_placements=[whole] if row.cut_axis is None else None)
 
     def enter(self, x: Tensor) -> Tensor:
@@ -84,7 +85,8 @@ def keep_part(
 
 def shape_of_part(shape: Shape, size: int) -> Shape:
     """What one of ``size`` tensor-parallel ranks holds of a model of ``shape``."""
-    return replace(shape, **{dim.value: getattr(shape, dim.value) // size for dim in CUT})
+    cut = ("vocab", "heads", "kv_heads", "ffn")
+    return replace(shape, **{name: getattr(shape, name) // size for name in cut})
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shear_tron.config import ConfigError
 from shear_tron.parallel.config import ParallelConfig
-from shear_tron.params import Dim
 from shear_tron.shape import Shape, divisors, require_split
 
 
@@ -43,8 +42,8 @@ class Layout:
     @staticmethod
     def plan(config: ParallelConfig, shape: Shape, world: int) -> "Layout":
         """The layout of ``config`` on ``world`` ranks for a model of ``shape``. ValueError where numbers do not fit."""
-        for dim in (Dim.KV_HEADS, Dim.HEADS, Dim.FFN, Dim.VOCAB):  # those of params.CUT, the scarcest first
-            require_split(dim.value, getattr(shape, dim.value), "tp", config.tp)
+        for name in ("kv_heads", "ffn", "vocab"):  # what tensor parallelism cuts, the scarcest first
+            require_split(name, getattr(shape, name), "tp", config.tp)
         require_split("layers", shape.layers, "pp * stages", config.pp * config.stages_per_rank)
         model_ranks = config.pp * config.tp
         if world % model_ranks or (config.dp and config.dp * model_ranks != world):

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shear_tron.masks import Masks, sizes
-from shear_tron.params import MATRICES, Dim
+from shear_tron.architecture import Architecture
+from shear_tron.dims import Dim, sizes
+from shear_tron.masks import Masks
+from shear_tron.params import matrices
 from shear_tron.pruning.gates import Gates, copy_into, pruned_kinds
 from shear_tron.shape import Shape
 
@@ -25,21 +27,24 @@ class Constraint:
     """The multipliers, one pair (linear, quadratic) for each kind that is pruned, and the penalty they make.
 
     Args:
-        source, target: shapes before and after, as for ``Gates``.
+        source: the model before.
+        target: the shape after.
         warmup_steps: steps over which the wanted sparsity grows linearly from 0 to the target's.
         dtype: of the multipliers.
 
     ``multipliers`` maps a kind to a parameter of size [2] on the CPU, alike on every rank; they start at 0.
     """
 
-    def __init__(self, source: Shape, target: Shape, warmup_steps: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, source: Architecture, target: Shape, warmup_steps: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps={warmup_steps} is negative; use 0 or more (the paper: 640 of 3200 steps)")
-        kinds = pruned_kinds(source, target)
+        kinds = pruned_kinds(source.shape, target)
         self.source = source
         self.warmup_steps = warmup_steps
-        self.sparsity = {kind: 1 - count / sizes(source)[kind][-1] for kind, count in kinds.items()}
-        self.total_sparsity = 1 - _matrix_parameters(target) / _matrix_parameters(source)
+        self.sparsity = {kind: 1 - count / sizes(source.shape)[kind][-1] for kind, count in kinds.items()}
+        self.total_sparsity = 1 - _matrix_parameters(source.resized(target)) / _matrix_parameters(source)
         self.multipliers = {kind: torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for kind in kinds}
 
     def wanted(self, step: int) -> dict[str, float]:
@@ -95,12 +100,14 @@ def parameter_groups(gates: Gates, constraint: Constraint, lr: float = 1.0) -> l
     ]
 
 
-def _matrix_parameters(shape: Shape) -> int:
-    return shape.layers * sum(prod(row.size(shape)) for row in MATRICES)
+def _matrix_parameters(architecture: Architecture) -> int:
+    shape = architecture.shape
+    return shape.layers * sum(prod(row.size(shape)) for row in matrices(architecture))
 
 
-def _expected_matrix_parameters(expected: Masks, shape: Shape) -> Tensor:
+def _expected_matrix_parameters(expected: Masks, architecture: Architecture) -> Tensor:
     """Mean number of parameters that act in the layers' matrices, 0-d. Gates are independent, so means multiply."""
+    shape = architecture.shape
     full = {kind: torch.ones(size) for kind, size in sizes(shape).items()} | dict(expected.items())
     kv_heads = full["kv_heads"].sum(-1)  # [layers], as are the next two
     length = {
@@ -109,5 +116,5 @@ def _expected_matrix_parameters(expected: Masks, shape: Shape) -> Tensor:
         Dim.KV_HEADS: kv_heads * shape.head_dim,
         Dim.FFN: full["ffn"].sum(-1),
     }
-    in_layer = sum(length[row.dims[0]] * length[row.dims[1]] for row in MATRICES)
+    in_layer = sum(length[row.dims[0]] * length[row.dims[1]] for row in matrices(architecture))
     return (full["layers"] * in_layer).sum()

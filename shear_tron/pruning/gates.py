@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardtanh
 
-from shear_tron.masks import CUT_KINDS, KINDS, Masks, sizes
+from shear_tron.dims import CUT_KINDS, KINDS, sizes
+from shear_tron.masks import Masks
 from shear_tron.shape import Shape, require_split
 
 STRETCH = (-0.1, 1.1)

@@ -11,7 +11,8 @@ from shear_tron.data.config import DataConfig
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.sampler import held_out
 from shear_tron.parallel import sync
-from shear_tron.parallel.pipeline import Context, Engine, broadcast_losses
+from shear_tron.model.context import Context
+from shear_tron.parallel.pipeline import Engine
 from shear_tron.parallel.topology import Topology
 
 
@@ -76,8 +77,7 @@ class HeldOut:
         for first in range(0, total, self.share * layout.dp):
             rows = torch.arange(first + dp_rank * self.share, first + (dp_rank + 1) * self.share)
             found = self.engine.evaluate(*self.rows(rows), context)
-            like = torch.empty(self.share, dtype=torch.float32, device=self.topology.device)
-            losses.append(broadcast_losses(found, like, self.topology))
+            losses.append(self.engine.broadcast(found, self.share)[0])  # the next-token loss
             places.append(rows)
         rows, found = torch.cat(places), torch.cat(losses)
         real = rows < total

@@ -17,7 +17,8 @@ from shear_tron.model.flops import flops
 from shear_tron.parallel import sync
 from shear_tron.parallel.agree import AgreedError
 from shear_tron.parallel.data import shard
-from shear_tron.parallel.pipeline import Context, Engine, broadcast_losses, build_stages
+from shear_tron.model.context import DENSE, Context
+from shear_tron.parallel.pipeline import Engine, build_stages
 from shear_tron.parallel.topology import Topology
 from shear_tron.pruning.snapshot import snapshot
 from shear_tron.train.evaluation import DomainLosses, HeldOut, not_finite
@@ -55,12 +56,12 @@ class Trainer:
         self.optimizer = adamw(
             (parameter for stage in self.stages for parameter in stage.parameters()), self.config.optimizer
         )
-        shape, sequence = plan.architecture.shape, self.config.data.sequence
-        self.dense_flops = flops(shape, range(shape.layers), True, train.batch * sequence, sequence)  # of a step
+        layers, sequence = range(plan.architecture.shape.layers), self.config.data.sequence
+        self.dense_flops = flops(plan.architecture, layers, True, train.batch * sequence, sequence)  # of a step
         self.pruner: Pruner | None = None
         self.cost: StepCost | None = None
         if self.config.prune is not None and plan.target is not None:
-            self.pruner = Pruner(shape, plan.target, self.config.prune, train.seed, topology)
+            self.pruner = Pruner(plan.architecture, plan.target, self.config.prune, train.seed, topology)
             self.pruner.begin_at(0)
             self.cost = StepCost(self.engine, topology, train.micro_batch * sequence, sequence)
         start_moments(self.optimizer, 0)
@@ -103,7 +104,7 @@ class Trainer:
                 self.health.require(line, self._last_good())
                 if every and self.step % every == 0 and not self.health.skipped_in_a_row:
                     self._save(batches)
-            losses = self.held_out.losses(self.pruner.decided(final=True) if self.pruner else Context())
+            losses = self.held_out.losses(self.pruner.decided(final=True) if self.pruner else DENSE)
             if not resumed or self.step > resumed:
                 line["held_out"] = losses
                 self._tell(log, line)
@@ -132,7 +133,7 @@ class Trainer:
         if self.pruner:
             mine = range(dp_rank * self.plan.microbatches, (dp_rank + 1) * self.plan.microbatches)
             sampled, gated = self.pruner.sample(self.step, mine)
-        found = self._everywhere(self.engine.train(tokens, labels, gated), len(tokens))
+        found = self.engine.broadcast(self.engine.train(tokens, labels, gated), len(tokens))[0]
         report: dict[str, Any] = {}
         if self.pruner and sampled and gated:
             report |= self.pruner.backward(self.step, sampled, gated)
@@ -179,12 +180,8 @@ class Trainer:
         checkpoint = sharded.latest(self.run)
         return "No checkpoint was written" if checkpoint is None else f"The last good checkpoint is {checkpoint}"
 
-    def _everywhere(self, losses: Tensor | None, sequences: int) -> Tensor:
-        like = torch.empty(sequences, dtype=torch.float32, device=self.topology.device)
-        return broadcast_losses(losses, like, self.topology)
-
     def _current(self) -> Context:
-        return self.pruner.decided(final=False) if self.pruner else Context()
+        return self.pruner.decided(final=False) if self.pruner else DENSE
 
     def _document_ends(self, tokens: Tensor) -> Tensor:
         return document_ends(tokens, self.inputs.manifest.separator, self.inputs.manifest.bos)
@@ -195,7 +192,7 @@ class Trainer:
     def _start_mixture(self, log: Log) -> Mixture:
         references = self.inputs.references
         if self.config.data.reference_losses == "source":
-            references = self.held_out.losses(Context())
+            references = self.held_out.losses(DENSE)
             if broken := not_finite(references):
                 raise AgreedError(
                     f"the loss of {self.config.model} on {', '.join(broken)} is {references[broken[0]]}; the model or "

@@ -1,7 +1,6 @@
 """From a run's checkpoint to a model that others open, and from another trainer's checkpoint to one that is sheared."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -37,9 +36,9 @@ def extract(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
         if not bool(values.isfinite().all()):
             raise ValueError(f"gates.{kind} holds NaN or infinite values in {run.path}; use an earlier one (--step)")
     gates.load_state_dict(logits)
-    shape, tensors = dense_model(reader.read, gates.decide(), source.shape)
-    said = _write(run, output, replace(source, shape=shape), tensors, form, samples)
-    return f"{output}: {count(shape):,} of {count(source.shape):,} parameters, {shape}{said}"
+    dense, tensors = dense_model(reader.read, gates.decide(), source)
+    said = _write(run, output, dense, tensors, form, samples)
+    return f"{output}: {count(dense):,} of {count(source):,} parameters, {dense.shape}{said}"
 
 
 def export(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
@@ -48,9 +47,9 @@ def export(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
         raise ValueError(f"{run.path} is a pruning run; use `shear-tron extract {run.path} {output}`")
     architecture = huggingface.read_architecture(run.model)
     reader = sharded.Reader(run.checkpoint)
-    tensors = ((param.name, reader.read(param.name)) for param in params(architecture.shape))
+    tensors = ((param.name, reader.read(param.name)) for param in params(architecture))
     said = _write(run, output, architecture, tensors, form, samples)
-    return f"{output}: {count(architecture.shape):,} parameters, {architecture.shape}{said}"
+    return f"{output}: {count(architecture):,} parameters, {architecture.shape}{said}"
 
 
 def import_model(checkpoint: str, output: str, tokenizer: str, dtype: str | None) -> str:
@@ -65,7 +64,7 @@ def import_model(checkpoint: str, output: str, tokenizer: str, dtype: str | None
         raise ValueError(f"{tokenizer} has {ids} ids, {checkpoint} vocab={rows}; give the model's own tokenizer")
     tensors = shown(((name, model.read(name)) for name in model.names()), architecture)
     write_model(output, architecture, tensors, Form(dtype=dtype), tokenizer)
-    return f"{output}: {count(architecture.shape):,} parameters, {architecture.shape}"
+    return f"{output}: {count(architecture):,} parameters, {architecture.shape}"
 
 
 def _write(
@@ -86,7 +85,7 @@ def _write(
 
 def shown(tensors: Iterable[tuple[str, Tensor]], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     """The same tensors, with a bar of parameters at a terminal."""
-    with tqdm(total=count(architecture.shape), unit=" parameters", unit_scale=True, disable=None) as bar:
+    with tqdm(total=count(architecture), unit=" parameters", unit_scale=True, disable=None) as bar:
         for name, tensor in tensors:
             yield name, tensor
             bar.update(prod(tensor.shape))

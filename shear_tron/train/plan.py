@@ -1,6 +1,6 @@
 """Everything that can be known, and can be wrong, before a rank starts: what `show` prints and `train` relies on."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ def plan(config: RunConfig, world: int) -> Plan:
     if config.prune is not None:
         target = config.prune.target.shape(architecture.shape)
         Gates(architecture.shape, target, config.train.seed, balance=config.prune.balance)  # can be made
-        architecture_config(replace(architecture, shape=target), torch.float32)  # transformers will open the result
+        architecture_config(architecture.resized(target), torch.float32)  # transformers will open the result
         if config.train.steps <= config.prune.warmup_steps:
             raise ConfigError(
                 f"train.steps={config.train.steps} end before the target sparsity is reached at "

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shear_tron.architecture import Architecture
 from shear_tron.keep import Keep
 from shear_tron.masks import Masks
+from shear_tron.model.context import Context
 from shear_tron.parallel import sync
-from shear_tron.parallel.pipeline import Context
 from shear_tron.parallel.tensor import keep_part
 from shear_tron.parallel.topology import Topology
 from shear_tron.pruning.config import PruneConfig
@@ -34,17 +35,17 @@ class Pruner:
 
     def __init__(
         self,
-        source: Shape,
+        source: Architecture,
         target: Shape,
         config: PruneConfig,
         seed: int,
         topology: Topology,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.topology, self.source = topology, source
+        self.topology, self.source = topology, source.shape
         self.compact = config.compact
         self.pad_to = config.pad_to or PAD_TO[topology.device.type]
-        self.gates = Gates(source, target, seed, dtype, config.balance)
+        self.gates = Gates(source.shape, target, seed, dtype, config.balance)
         self.constraint = Constraint(source, target, config.warmup_steps, dtype)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.gates, self.constraint, config.learning_rate))
         self.rate = config.learning_rate
@@ -76,7 +77,6 @@ class Pruner:
         ends: list[Tensor] = []
         grads: list[Tensor] = []
         for masks, under in zip(sampled, gated, strict=True):
-            assert under.masks is not None
             for (_, mask), (_, leaf) in zip(masks.items(), under.masks.items(), strict=True):
                 if leaf.grad is not None:
                     ends.append(mask)

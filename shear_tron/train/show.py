@@ -1,13 +1,11 @@
 """What a run would be: shapes, counts, and what each rank holds. Reads the config and the model's config.json only."""
 
-from dataclasses import replace
 from math import prod
 from typing import get_args
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.nanotron_config import Flavour, require
 from shear_tron.params import count, params
-from shear_tron.shape import Shape
 from shear_tron.train.config import RunConfig
 from shear_tron.train.plan import Plan, plan
 
@@ -27,11 +25,12 @@ def show(config: RunConfig, world: int | None = None) -> str:
 
 
 def _shapes(plan: Plan) -> list[str]:
-    source = plan.architecture.shape
+    source = plan.architecture
     lines = [_shape("source", source)]
     if plan.target:
-        lines += [_shape("target", plan.target), f"         keeps {count(plan.target) / count(source):.1%}"]
-        lines += [f"         {_nanotron(replace(plan.architecture, shape=plan.target))}"]
+        target = source.resized(plan.target)
+        lines += [_shape("target", target), f"         keeps {count(target) / count(source):.1%}"]
+        lines += [f"         {_nanotron(target)}"]
     return lines
 
 
@@ -47,11 +46,13 @@ def _nanotron(target: Architecture) -> str:
     return f"nanotron: cannot go on there: {reason}"
 
 
-def _shape(title: str, shape: Shape) -> str:
+def _shape(title: str, architecture: Architecture) -> str:
+    shape = architecture.shape
     tied = ", tied" if shape.tied else ""
     return (
-        f"{title}   {count(shape):>14,} parameters: hidden {shape.hidden}, layers {shape.layers}, heads {shape.heads} "
-        f"({shape.kv_heads} key-value) of {shape.head_dim}, ffn {shape.ffn}, vocab {shape.vocab}{tied}"
+        f"{title}   {count(architecture):>14,} parameters: hidden {shape.hidden}, layers {shape.layers}, "
+        f"heads {shape.heads} ({shape.kv_heads} key-value) of {shape.head_dim}, ffn {shape.ffn}, "
+        f"vocab {shape.vocab}{tied}"
     )
 
 
@@ -78,10 +79,10 @@ def held_parameters(plan: Plan, stages: list[int]) -> int:
     layout, shape = plan.layout, plan.architecture.shape
     last = layout.pp * layout.stages_per_rank - 1
     total = 0
-    for param in params(shape):
+    for param in params(plan.architecture):
         if param.layer is not None:
             here = any(param.layer in layout.layers(stage, shape.layers) for stage in stages)
-        elif param.row.name == "embed":
+        elif param.row.where == "first":
             here = 0 in stages or (shape.tied and last in stages)
         else:
             here = last in stages

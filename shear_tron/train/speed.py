@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from shear_tron.masks import Masks
+from shear_tron.model.context import DENSE, Context
 from shear_tron.model.flops import flops
 from shear_tron.parallel import sync
-from shear_tron.parallel.pipeline import Context, Engine
+from shear_tron.parallel.pipeline import Engine
 from shear_tron.parallel.tensor import shape_of_part
 from shear_tron.parallel.topology import Topology
 
@@ -20,7 +22,7 @@ class StepCost:
     def __init__(self, engine: Engine, topology: Topology, tokens: int, sequence: int) -> None:
         """tokens: of a microbatch, in sequences of length ``sequence``."""
         self.engine, self.topology, self.tokens, self.sequence = engine, topology, tokens, sequence
-        self.dense_flops = self._flops([Context()] * engine.count)
+        self.dense_flops = self._flops([DENSE] * engine.count)
         self.dense_seconds = 0.0
 
     def time_dense(self, tokens: Tensor, labels: Tensor) -> None:
@@ -59,7 +61,8 @@ class StepCost:
         total = 0
         for stage in self.engine.stages:
             shape = shape_of_part(stage.architecture.shape, self.topology.layout.tp)
+            part = replace(stage.architecture, shape=shape)
             layers = [int(number) for number in stage.layers]
             for under in gated:
-                total += flops(shape, layers, stage.is_last, self.tokens, self.sequence, under.keep)
+                total += flops(part, layers, stage.is_last, self.tokens, self.sequence, under.keep)
         return float(total)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shear_tron.architecture import Architecture
-from shear_tron.masks import KINDS
+from shear_tron.dims import KINDS
 from shear_tron.model.transformer import Transformer
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
@@ -36,8 +36,8 @@ RATE, CLIP = 1e-3, 1.0
 
 RUNS: dict[str, dict[str, Any]] = {
     "masked": {"compact": False},
-    "compact": {"compact": True, "multiple": 1},
-    "padded": {"compact": True, "multiple": 4},
+    "compact": {"compact": True, "pad_to": 1},
+    "padded": {"compact": True, "pad_to": 4},
 }
 LAYOUTS = {
     "one": Layout(),
@@ -89,7 +89,7 @@ def train(prune: PruneConfig, topology: Topology) -> Result:
     parameters = [parameter for stage in stages for parameter in stage.parameters()]
     # Weight decay tells a gradient of zero, which decays the weight and the moments, from no gradient at all.
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
-    pruner = Pruner(SOURCE, TARGET.shape(SOURCE), prune, 0, topology, torch.float64)
+    pruner = Pruner(Architecture(SOURCE), TARGET.shape(SOURCE), prune, 0, topology, torch.float64)
     way: list[Result] = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(3000 + step)
@@ -107,7 +107,7 @@ def train(prune: PruneConfig, topology: Topology) -> Result:
             for under in gated
         ]
         seen = {f"masks.{kind}": torch.stack([getattr(masks, kind).detach() for masks in sampled]) for kind in KINDS}
-        seen["losses"] = broadcast_losses(losses, torch.empty(share, dtype=torch.float64), topology)
+        seen["losses"] = broadcast_losses(losses, torch.empty(1, share, dtype=torch.float64), topology)[0]
         way.append(seen | {"width": torch.tensor(widths)})
     result = {name: torch.stack([seen[name] for seen in way]) for name in way[0]}
     for stage in stages:

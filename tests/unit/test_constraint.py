@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shear_tron.masks import KINDS, sizes
-from shear_tron.params import LAYER_TABLE, params
+from shear_tron.architecture import Architecture
+from shear_tron.dims import KINDS, sizes
+from shear_tron.params import layer_rows, params
 from shear_tron.pruning.constraint import Constraint, parameter_groups
 from shear_tron.pruning.gates import LIMIT, Gates
 from shear_tron.shape import Shape
@@ -29,7 +30,7 @@ def original() -> tuple[Gates, Constraint]:
     gates = Gates(MULTI_HEAD, MULTI_HEAD_TARGET, dtype=torch.float64)
     gates.load_state_dict({kind: torch.tensor(VECTORS["loga"][name]).double() for kind, name in ORIGINAL.items()})
     gates.clamp_()
-    constraint = Constraint(MULTI_HEAD, MULTI_HEAD_TARGET, VECTORS["warmup"], dtype=torch.float64)
+    constraint = Constraint(Architecture(MULTI_HEAD), MULTI_HEAD_TARGET, VECTORS["warmup"], dtype=torch.float64)
     lambdas = VECTORS["lambdas"]
     pairs = {kind: [lambdas[f"lambda_1_{name}"], lambdas[f"lambda_2_{name}"]] for kind, name in ORIGINAL.items()}
     constraint.load_state_dict({kind: torch.tensor(pair, dtype=torch.float64) for kind, pair in pairs.items()})
@@ -68,7 +69,7 @@ def test_gradients_reproduce_the_released_code(kind: str, record: dict) -> None:
 
 @pytest.mark.parametrize(("step", "share"), [(0, 0.0), (1, 1 / 8), (4, 0.5), (8, 1.0), (9, 1.0), (10**6, 1.0)])
 def test_wanted_sparsity_grows_linearly_over_the_warmup(step: int, share: float) -> None:
-    wanted = Constraint(GROUPED, GROUPED_TARGET, warmup_steps=8).wanted(step)
+    wanted = Constraint(Architecture(GROUPED), GROUPED_TARGET, warmup_steps=8).wanted(step)
     assert set(wanted) == set(KINDS)
     for kind, sparsity in wanted.items():
         kept = sizes(GROUPED_TARGET)[kind][-1] / sizes(GROUPED)[kind][-1]
@@ -76,17 +77,19 @@ def test_wanted_sparsity_grows_linearly_over_the_warmup(step: int, share: float)
 
 
 def test_without_warmup_the_target_is_wanted_at_once() -> None:
-    assert Constraint(GROUPED, GROUPED_TARGET, 0).wanted(0) == Constraint(GROUPED, GROUPED_TARGET, 5).wanted(5)
+    assert Constraint(Architecture(GROUPED), GROUPED_TARGET, 0).wanted(0) == Constraint(
+        Architecture(GROUPED), GROUPED_TARGET, 5
+    ).wanted(5)
 
 
 def test_a_negative_warmup_is_named() -> None:
     with pytest.raises(ValueError, match="warmup_steps=-1"):
-        Constraint(GROUPED, GROUPED_TARGET, -1)
+        Constraint(Architecture(GROUPED), GROUPED_TARGET, -1)
 
 
 def test_penalty_passes_gradcheck_with_grouped_queries() -> None:
     gates = Gates(GROUPED, GROUPED_TARGET, dtype=torch.float64)
-    constraint = Constraint(GROUPED, GROUPED_TARGET, 8, dtype=torch.float64)
+    constraint = Constraint(Architecture(GROUPED), GROUPED_TARGET, 8, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     for parameter in (*gates.logits.values(), *constraint.multipliers.values()):
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
@@ -96,7 +99,7 @@ def test_penalty_passes_gradcheck_with_grouped_queries() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kinds_sparsity_is_the_closed_fraction_of_its_units(kind: str) -> None:
-    gates, constraint = Gates(GROUPED, GROUPED_TARGET), Constraint(GROUPED, GROUPED_TARGET, 8)
+    gates, constraint = Gates(GROUPED, GROUPED_TARGET), Constraint(Architecture(GROUPED), GROUPED_TARGET, 8)
     gates.logits[kind].data.uniform_(-LIMIT, LIMIT, generator=torch.Generator().manual_seed(1))
     report = constraint.penalty(gates, 0)[1]
     probabilities = getattr(gates.expected(), kind)
@@ -107,7 +110,10 @@ def test_every_layer_is_held_to_the_target_by_the_square() -> None:
     """Two layers that err in opposite directions cancel in the linear term, never in the quadratic one."""
     source = Shape(hidden=8, layers=2, heads=2, kv_heads=2, head_dim=2, ffn=10, vocab=2)
     target = Shape(hidden=8, layers=2, heads=2, kv_heads=2, head_dim=2, ffn=5, vocab=2)
-    gates, constraint = Gates(source, target, dtype=torch.float64), Constraint(source, target, 0, dtype=torch.float64)
+    gates, constraint = (
+        Gates(source, target, dtype=torch.float64),
+        Constraint(Architecture(source), target, 0, dtype=torch.float64),
+    )
     gates.logits["ffn"].data[1] = -100.0
     mean_excess = 1 - gates.expected().ffn.mean() - 0.5
     for multipliers, holds in (([1.0, 0.0], False), ([0.0, 1.0], True)):
@@ -123,7 +129,7 @@ def test_every_block_is_held_to_the_target_when_balanced() -> None:
     target = Shape(hidden=8, layers=1, heads=2, kv_heads=2, head_dim=2, ffn=4, vocab=2)
     penalties = []
     for balance in (1, 2):
-        gates, constraint = Gates(source, target, balance=balance), Constraint(source, target, 0)
+        gates, constraint = Gates(source, target, balance=balance), Constraint(Architecture(source), target, 0)
         gates.logits["ffn"].data[0, :4] = -100.0  # half of the columns, all of them the first tensor-parallel rank's
         constraint.load_state_dict({"ffn": torch.tensor([0.0, 1.0])})
         penalties.append(constraint.penalty(gates, 0)[0].item())
@@ -133,18 +139,18 @@ def test_every_block_is_held_to_the_target_when_balanced() -> None:
 
 @pytest.mark.parametrize(("source", "target"), [(GROUPED, GROUPED_TARGET), (MULTI_HEAD, MULTI_HEAD_TARGET)])
 def test_total_sparsity_counts_the_parameters_of_the_layers_matrices(source: Shape, target: Shape) -> None:
-    matrices = {row.name for row in LAYER_TABLE if len(row.dims) == 2}
+    matrices = {row.leaf for row in layer_rows(Architecture(source)) if len(row.dims) == 2}
     count = [
-        sum(torch.Size(param.size).numel() for param in params(shape) if param.row.name in matrices)
+        sum(torch.Size(param.size).numel() for param in params(Architecture(shape)) if param.row.leaf in matrices)
         for shape in (source, target)
     ]
-    report = Constraint(source, target, 8).penalty(Gates(source, target), 8)[1]
+    report = Constraint(Architecture(source), target, 8).penalty(Gates(source, target), 8)[1]
     assert report["target_sparsity"] == pytest.approx(1 - count[1] / count[0])
 
 
 @pytest.mark.parametrize(("source", "target"), [(GROUPED, GROUPED_TARGET), (MULTI_HEAD, MULTI_HEAD_TARGET)])
 def test_expected_sparsity_is_summed_over_every_weight(source: Shape, target: Shape) -> None:
-    gates, constraint = Gates(source, target, dtype=torch.float64), Constraint(source, target, 8)
+    gates, constraint = Gates(source, target, dtype=torch.float64), Constraint(Architecture(source), target, 8)
     generator = torch.Generator().manual_seed(0)
     for logits in gates.logits.values():
         logits.data.uniform_(-LIMIT, LIMIT, generator=generator)
@@ -168,7 +174,7 @@ def test_expected_sparsity_is_summed_over_every_weight(source: Shape, target: Sh
 
 
 def test_parameter_groups_descend_on_logits_and_ascend_on_multipliers() -> None:
-    gates, constraint = Gates(GROUPED, GROUPED_TARGET), Constraint(GROUPED, GROUPED_TARGET, 0)
+    gates, constraint = Gates(GROUPED, GROUPED_TARGET), Constraint(Architecture(GROUPED), GROUPED_TARGET, 0)
     weight = torch.nn.Parameter(torch.ones(3))
     groups = [{"params": [weight], "lr": 1e-4}, *parameter_groups(gates, constraint, 1.0)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
@@ -198,7 +204,10 @@ def test_ascent_equals_the_released_codes_negative_rate() -> None:
 
 
 def test_state_round_trip_and_refusal() -> None:
-    constraint, other = Constraint(GROUPED, GROUPED_TARGET, 8), Constraint(GROUPED, GROUPED_TARGET, 8)
+    constraint, other = (
+        Constraint(Architecture(GROUPED), GROUPED_TARGET, 8),
+        Constraint(Architecture(GROUPED), GROUPED_TARGET, 8),
+    )
     constraint.multipliers["ffn"].data.copy_(torch.tensor([1.5, -2.5]))
     other.load_state_dict({kind: tensor.clone() for kind, tensor in constraint.state_dict().items()})
     assert other.multipliers["ffn"].tolist() == [1.5, -2.5]
@@ -211,7 +220,7 @@ def test_training_reaches_the_target_and_keeps_the_important_units(seed: int) ->
     """No model: closing a unit costs its importance. The paper's schedule (640 of 3200 steps), four times as fast."""
     source = Shape(hidden=64, layers=12, heads=32, kv_heads=8, head_dim=2, ffn=96, vocab=2)
     target = Shape(hidden=32, layers=8, heads=8, kv_heads=4, head_dim=2, ffn=48, vocab=2)
-    gates, constraint = Gates(source, target, seed=seed), Constraint(source, target, warmup_steps=160)
+    gates, constraint = Gates(source, target, seed=seed), Constraint(Architecture(source), target, warmup_steps=160)
     generator = torch.Generator().manual_seed(seed)
     importance = {kind: 0.1 * torch.rand(size, generator=generator) for kind, size in sizes(source).items()}
     optimizer = torch.optim.AdamW(parameter_groups(gates, constraint, 1.0))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shear_tron.masks import KINDS, sizes
+from shear_tron.dims import KINDS, sizes
 from shear_tron.pruning.gates import LIMIT, STRETCH, TEMPERATURE, Gates, uniform
 from shear_tron.shape import Shape
 

@@ -1,90 +1,59 @@
 """The cut: which units it keeps, and a compact step against a masked one."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from models import ARCHITECTURES, PLAIN, masks_of, random_model, tokens_of
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
-from shear_tron.keep import Keep
-from shear_tron.masks import Masks, sizes
-from shear_tron.model.transformer import Transformer
-from shear_tron.params import Dim, params
+from shear_tron.dims import Dim, indices, sizes
+from shear_tron.keep import Keep, KeepLayer
+from shear_tron.masks import LayerMasks, Masks
+from shear_tron.model.context import Context
+from shear_tron.params import Row, params
 from shear_tron.shape import Shape
-
-SHAPES = {
-    "plain": Shape(hidden=16, layers=4, heads=4, kv_heads=4, head_dim=4, ffn=12, vocab=24),
-    "grouped": Shape(hidden=20, layers=4, heads=6, kv_heads=2, head_dim=6, ffn=14, vocab=24),
-    "tied": Shape(hidden=16, layers=3, heads=9, kv_heads=3, head_dim=4, ffn=12, vocab=24, tied=True),
-}
-
-
-def masks_of(shape: Shape, kept: dict[str, int], soft: bool, seed: int = 0) -> Masks:
-    """Masks in float64 that keep these many units of each kind, others in every layer, of 1 or (soft) less."""
-    noise = torch.Generator().manual_seed(seed)
-    made = {}
-    for kind, number in kept.items():
-        size = sizes(shape)[kind]
-        order = torch.rand(size, generator=noise, dtype=torch.float64).argsort(-1).argsort(-1)
-        value = torch.rand(size, generator=noise, dtype=torch.float64) * 0.8 + 0.1 if soft else 1.0
-        made[kind] = (order < number).double() * value
-    return Masks(**made)
-
-
-def model_of(shape: Shape, seed: int = 0) -> Transformer:
-    noise = torch.Generator().manual_seed(seed)
-    model = Transformer(Architecture(shape, context=64)).double()
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=noise, dtype=torch.float64) * 0.4 + 0.1
-    return model
-
-
-def tokens_of(shape: Shape) -> Tensor:
-    return torch.randint(0, shape.vocab, (2, 11), generator=torch.Generator().manual_seed(5))
-
 
 # --- Keep
 
 
 def test_heads_are_kept_queries_of_kept_groups_in_blocks_of_head_dim() -> None:
-    shape = replace(SHAPES["grouped"], layers=1, heads=9, kv_heads=3)
+    shape = replace(PLAIN, layers=1, heads=9, kv_heads=3)
     masks = Masks(kv_heads=torch.tensor([[0.3, 0.0, 1.0]]), heads_per_group=torch.tensor([[0.0, 0.5, 1.0]]))
     kept = Keep.of(masks, shape).layers[0]
-    assert kept.kv_heads is not None
-    assert kept.heads is not None
-    assert kept.kv_heads.tolist() == [0, 2]
-    assert kept.heads.tolist() == [1, 2, 7, 8]
+    assert kept.units[Dim.KV_HEADS].tolist() == [0, 2]
+    assert kept.units[Dim.HEADS].tolist() == [1, 2, 7, 8]
     row = torch.arange(6)
-    assert torch.equal(kept.kv_head_rows, torch.cat((row, 12 + row)))
-    assert torch.equal(kept.head_rows, torch.cat((6 + row, 12 + row, 42 + row, 48 + row)))
+    assert torch.equal(kept.axes[Dim.KV_HEADS], torch.cat((row, 12 + row)))
+    assert torch.equal(kept.axes[Dim.HEADS], torch.cat((6 + row, 12 + row, 42 + row, 48 + row)))
 
 
 def test_nothing_pruned_keeps_all_without_a_gather() -> None:
-    shape = SHAPES["tied"]
+    shape = PLAIN
     masks = Masks(**{kind: torch.full(size, 0.5) for kind, size in sizes(shape).items()})
     for keep in (Keep.of(Masks(), shape), Keep.of(masks, shape), Keep.of(masks, shape, pad_to=64)):
         assert keep.hidden is None
-        assert list(keep.layers) == [0, 1, 2]
-        assert all(value is None for layer in keep.layers.values() for value in asdict(layer).values())
+        assert list(keep.layers) == [0, 1, 2, 3]
+        assert all(layer == KeepLayer() for layer in keep.layers.values())
 
 
 @pytest.mark.parametrize(
-    ("whole", "hidden", "ffn"), [(1.0, 12, 9), (0.8, 12, 9), (0.75, None, None), (0.5, None, None)]
+    ("whole", "hidden", "ffn"), [(1.0, 18, 15), (0.8, 18, 15), (0.75, None, None), (0.5, None, None)]
 )
 def test_where_nearly_all_would_be_kept_all_is(whole: float, hidden: int | None, ffn: int | None) -> None:
-    keep = Keep.of(masks_of(SHAPES["plain"], {"hidden": 12, "ffn": 9}, soft=True), SHAPES["plain"], whole=whole)
-    for kept, size in ((keep.hidden, hidden), *((layer.ffn, ffn) for layer in keep.layers.values())):
+    keep = Keep.of(masks_of(PLAIN, {"hidden": 18, "ffn": 15}, soft=True), PLAIN, whole=whole)
+    for kept, size in ((keep.hidden, hidden), *((layer.axes.get(Dim.FFN), ffn) for layer in keep.layers.values())):
         assert (None if kept is None else len(kept)) == size
 
 
-@pytest.mark.parametrize(("multiple", "hidden", "ffn"), [(1, 5, 3), (2, 6, 4), (4, 8, 4), (5, 5, 5), (16, None, None)])
+@pytest.mark.parametrize(("multiple", "hidden", "ffn"), [(1, 5, 3), (2, 6, 4), (4, 8, 4), (5, 5, 5), (24, None, None)])
 def test_padding_is_closed_units_up_to_a_multiple(multiple: int, hidden: int | None, ffn: int | None) -> None:
-    shape = SHAPES["plain"]
-    masks = masks_of(shape, {"hidden": 5, "ffn": 3}, soft=True)
-    plain, padded = Keep.of(masks, shape), Keep.of(masks, shape, multiple)
+    masks = masks_of(PLAIN, {"hidden": 5, "ffn": 3}, soft=True)
+    plain, padded = Keep.of(masks, PLAIN), Keep.of(masks, PLAIN, multiple)
     pairs = [(plain.hidden, padded.hidden, hidden)]
-    pairs += [(plain.layers[i].ffn, padded.layers[i].ffn, ffn) for i in range(shape.layers)]
+    layers = zip(plain.layers.values(), padded.layers.values(), strict=True)
+    pairs += [(before.axes[Dim.FFN], after.axes.get(Dim.FFN), ffn) for before, after in layers]
     for before, after, size in pairs:
         assert (None if after is None else len(after)) == size
         if after is not None:
@@ -93,25 +62,40 @@ def test_padding_is_closed_units_up_to_a_multiple(multiple: int, hidden: int | N
 
 
 def test_a_layer_that_keeps_nothing_of_a_kind_keeps_one_closed_unit() -> None:
-    shape = SHAPES["plain"]
-    kv_heads = torch.zeros(4, 4)
-    keep = Keep.of(Masks(kv_heads=kv_heads, ffn=torch.zeros(4, 12)), shape)
-    assert all(len(layer.heads) == len(layer.ffn) == 1 for layer in keep.layers.values())
+    keep = Keep.of(Masks(kv_heads=torch.zeros(4, 4), ffn=torch.zeros(4, 20)), PLAIN)
+    assert all(len(layer.units[Dim.HEADS]) == len(layer.units[Dim.FFN]) == 1 for layer in keep.layers.values())
 
 
 def test_masks_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"mask ffn has size \[3, 12\]; a model of this shape has \[4, 12\]"):
-        Keep.of(Masks(ffn=torch.ones(3, 12)), SHAPES["plain"])
+    with pytest.raises(ValueError, match=r"mask ffn has size \[3, 20\]; a model of this shape has \[4, 20\]"):
+        Keep.of(Masks(ffn=torch.ones(3, 20)), PLAIN)
 
 
-def test_every_pruned_dimension_is_selected_on_every_axis() -> None:
-    """By the table: an axis over HIDDEN, HEADS, KV_HEADS or FFN is cut, one over VOCAB is not."""
-    shape = SHAPES["tied"]
-    keep = Keep.of(masks_of(shape, {"hidden": 8, "kv_heads": 2, "heads_per_group": 2, "ffn": 5}, soft=False), shape)
-    for parameter in params(shape):
-        indices = keep.indices(parameter.row, parameter.layer)
-        for dim, kept in zip(parameter.row.dims, indices, strict=False):
-            assert (kept is None) == (dim is Dim.VOCAB)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_pruned_dimension_is_selected_on_every_axis(name: str) -> None:
+    """By the table: an axis over HIDDEN, HEADS, KV_HEADS or FFN is cut, one over VOCAB or HEAD_DIM is not."""
+    source = ARCHITECTURES[name]
+    kept = {"hidden": 8, "kv_heads": 2, "ffn": 5}
+    keep = Keep.of(masks_of(source.shape, kept, soft=False), source.shape)
+    for parameter in params(source):
+        axes = (keep.outside if parameter.layer is None else keep.layer(parameter.layer)).axes
+        for dim in parameter.row.dims:
+            assert (dim not in axes) == (dim in (Dim.VOCAB, Dim.HEAD_DIM))
+
+
+def test_a_weight_of_three_dimensions_is_cut_and_scaled_by_the_same_code() -> None:
+    """As an expert's would be: [key-value heads x head_dim, ffn, hidden], scaled by the columns it reads."""
+    shape = replace(PLAIN, layers=1)
+    masks = masks_of(shape, {"hidden": 5, "kv_heads": 2, "ffn": 3}, soft=True)
+    row = Row("experts", (Dim.KV_HEADS, Dim.FFN, Dim.HIDDEN), frozenset({Dim.FFN, Dim.HIDDEN}))
+    weight = torch.randn(row.size(shape), dtype=torch.float64)
+    keep = Keep.of(masks, shape).layer(0)
+    own = LayerMasks(masks.hidden[masks.hidden != 0], None, masks.ffn[0, masks.ffn[0] != 0])
+    cut = keep.select(weight, row, own)
+    rows = indices(Dim.KV_HEADS.factors, shape, {"kv_heads": masks.kv_heads[0].nonzero().flatten().numpy()})
+    scaled = weight * masks.ffn[0][:, None] * masks.hidden
+    open_ffn, open_hidden = masks.ffn[0] != 0, masks.hidden != 0
+    torch.testing.assert_close(cut, scaled[rows][:, open_ffn][:, :, open_hidden], atol=1e-15, rtol=0)
 
 
 # --- the compact step: kept units alone give the masked step's loss and gradients
@@ -127,18 +111,18 @@ def gate_values(shape: Shape) -> dict[str, Tensor]:
     return values
 
 
-def assert_compact_is_masked(shape: Shape, values: dict[str, Tensor], multiple: int) -> None:
+def assert_compact_is_masked(source: Architecture, values: dict[str, Tensor], multiple: int) -> None:
     """Law 11: loss, all weight gradients, all gradients of open gates."""
-    model, tokens = model_of(shape), tokens_of(shape)
+    model, tokens = random_model(source), tokens_of(source)
     masks = Masks(**values).map(lambda value: value.clamp(0, 1).requires_grad_())
     leaves = [*model.parameters(), *(mask for _, mask in masks.items())]
-    masked = model(tokens[:, :-1], labels=tokens[:, 1:], masks=masks).mean()
+    masked = model(tokens[:, :-1], tokens[:, 1:], Context(masks)).mean()
     expected = torch.autograd.grad(masked, leaves, materialize_grads=True)
 
-    keep = Keep.of(masks, shape, multiple)
+    keep = Keep.of(masks, source.shape, multiple)
     assert masks.layers is not None
     assert list(keep.layers) == masks.layers.nonzero().flatten().tolist()
-    compact = model(tokens[:, :-1], labels=tokens[:, 1:], masks=masks, keep=keep).mean()
+    compact = model(tokens[:, :-1], tokens[:, 1:], Context(masks, keep)).mean()
     found = torch.autograd.grad(compact, leaves, materialize_grads=True)  # a layer left out may use no gate at all
     torch.testing.assert_close(compact, masked, atol=1e-12, rtol=0)
     for leaf, one, other in zip(leaves, expected, found, strict=True):
@@ -148,18 +132,18 @@ def assert_compact_is_masked(shape: Shape, values: dict[str, Tensor], multiple: 
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 64])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_compact_step_is_the_masked_step(name: str, multiple: int) -> None:
     """With different counts in every layer, and one layer left out whole."""
-    values = gate_values(SHAPES[name])
+    values = gate_values(ARCHITECTURES[name].shape)
     values["layers"][1] = -1.0
-    assert_compact_is_masked(SHAPES[name], values, multiple)
+    assert_compact_is_masked(ARCHITECTURES[name], values, multiple)
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 64])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("closed", ["layers", "kv_heads", "heads_per_group", "ffn", "hidden"])
 def test_compact_step_is_the_masked_step_with_a_whole_kind_closed(closed: str, name: str, multiple: int) -> None:
-    values = gate_values(SHAPES[name])
+    values = gate_values(ARCHITECTURES[name].shape)
     values[closed].fill_(-1.0)
-    assert_compact_is_masked(SHAPES[name], values, multiple)
+    assert_compact_is_masked(ARCHITECTURES[name], values, multiple)

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from models import ARCHITECTURES, random_model, tokens_of
+from torch import Tensor
 
 from shear_tron.architecture import Architecture, Rope
+from shear_tron.dims import sizes
 from shear_tron.masks import Masks
+from shear_tron.model.context import DENSE, Context
 from shear_tron.model.transformer import Transformer
 from shear_tron.params import count, params
 from shear_tron.shape import Shape
@@ -37,7 +40,7 @@ def their_model() -> tuple[Transformer, dict[str, str]]:
     )
     model = Transformer(Architecture(shape, Rope(sizes["rope_theta"]), sizes["rms_eps"])).double()
     names = {}
-    for param in params(shape):
+    for param in params(model.architecture):
         block = "" if param.layer is None else f"blocks.{param.layer}."
         names[param.name] = f"transformer.{block}{THEIRS[param.row.leaf]}.weight"
         model.get_parameter(param.name).data = torch.from_numpy(VECTORS["w." + names[param.name]])
@@ -55,9 +58,9 @@ def test_masked_logits_loss_and_gradients_are_those_of_the_original() -> None:
     model, names = their_model()
     masks = their_masks()
     tokens = torch.tensor(META["ids"])
-    logits = model(tokens, masks=masks)
+    logits = model(tokens, context=Context(masks))
     torch.testing.assert_close(logits, torch.from_numpy(VECTORS["logits"]), atol=1e-6, rtol=0)
-    loss = model(tokens[:, :-1], labels=tokens[:, 1:], masks=masks).mean()
+    loss = model(tokens[:, :-1], tokens[:, 1:], Context(masks)).mean()
     assert loss.item() == pytest.approx(META["loss"], abs=1e-6)
     loss.backward()
     for ours, theirs in names.items():
@@ -77,92 +80,30 @@ def test_masked_logits_loss_and_gradients_are_those_of_the_original() -> None:
         )
 
 
-PLAIN = Rope()
-
-
-def random_model(shape: Shape, rope: Rope = PLAIN, seed: int = 0) -> Transformer:
-    torch.manual_seed(seed)
-    model = Transformer(Architecture(shape, rope)).double()
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
-    return model
-
-
-SHAPES = {
-    "mha": Shape(hidden=32, layers=2, heads=4, kv_heads=4, head_dim=8, ffn=48, vocab=64),
-    "gqa": Shape(hidden=36, layers=2, heads=6, kv_heads=2, head_dim=8, ffn=48, vocab=64),
-    "tied": Shape(hidden=36, layers=2, heads=6, kv_heads=2, head_dim=8, ffn=48, vocab=64, tied=True),
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_masks_of_ones_are_no_masks_to_the_bit(shape: Shape) -> None:
-    model = random_model(shape)
-    tokens = torch.randint(shape.vocab, (2, 9))
-    ones = Masks(
-        hidden=torch.ones(shape.hidden),
-        layers=torch.ones(shape.layers),
-        kv_heads=torch.ones(shape.layers, shape.kv_heads),
-        heads_per_group=torch.ones(shape.layers, shape.heads_per_group),
-        ffn=torch.ones(shape.layers, shape.ffn),
-    )
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_masks_of_ones_are_no_masks_to_the_bit(name: str) -> None:
+    model, tokens = random_model(ARCHITECTURES[name]), tokens_of(ARCHITECTURES[name])
+    ones = Masks(**{kind: torch.ones(size) for kind, size in sizes(model.architecture.shape).items()})
     results = []
     for dtype in (torch.float64, torch.float32):
         model = model.to(dtype)
-        for masks in (None, ones):
+        for context in (DENSE, Context(ones)):
             model.zero_grad()
-            loss = model(tokens[:, :-1], tokens[:, 1:], masks)
+            loss = model(tokens[:, :-1], tokens[:, 1:], context)
             loss.sum().backward()
             results.append([loss, *(p.grad for p in model.parameters())])
         assert all(torch.equal(a, b) for a, b in zip(*results[-2:], strict=True))
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("rope", [Rope(500000.0), Rope(500000.0, 8.0, 1.0, 4.0, 16)], ids=["plain", "llama3"])
-def test_logits_are_those_of_hugging_face(shape: Shape, rope: Rope) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    parameters = {"rope_type": "default", "rope_theta": rope.theta}
-    if rope.factor != 1:
-        parameters |= {
-            "rope_type": "llama3",
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_context,
-        }
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        intermediate_size=shape.ffn,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=shape.tied,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=128,
-        rope_parameters=parameters,
-    )
-    model = random_model(shape, rope).float()
-    theirs = LlamaForCausalLM(config)
-    weights = {param.hf: model.get_parameter(param.name).detach() for param in params(shape)}
-    if shape.tied:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    theirs.load_state_dict(weights, strict=True)
-    tokens = torch.randint(shape.vocab, (2, 100))
-    torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_count_is_the_size_of_the_built_model(shape: Shape) -> None:
-    assert count(shape) == sum(p.numel() for p in random_model(shape).parameters())
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_count_is_the_size_of_the_built_model(name: str) -> None:
+    assert count(ARCHITECTURES[name]) == sum(p.numel() for p in random_model(ARCHITECTURES[name]).parameters())
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_activation_checkpointing_changes_nothing(mode: str) -> None:
-    shape = SHAPES["gqa"]
-    plain = random_model(shape)
+    plain = random_model(ARCHITECTURES["llama, grouped"])
+    shape = plain.architecture.shape
     saving = Transformer(plain.architecture, checkpointing=mode).double()
     saving.load_state_dict(plain.state_dict())
     masks = Masks(
@@ -170,18 +111,17 @@ def test_activation_checkpointing_changes_nothing(mode: str) -> None:
     )
     tokens = torch.randint(shape.vocab, (2, 9))
     for model in (plain, saving):
-        model(tokens[:, :-1], tokens[:, 1:], masks).sum().backward()
+        model(tokens[:, :-1], tokens[:, 1:], Context(masks)).sum().backward()
     for (name, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=0, rtol=0, msg=name)
 
 
-def test_documents_of_a_window_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_documents_of_a_window_do_not_see_each_other(name: str) -> None:
     """Packed with their ends marked, documents have the logits that they have alone."""
-    shape = SHAPES["gqa"]
-    model = random_model(shape)
-    tokens = torch.randint(shape.vocab, (2, 12))
+    model, tokens = random_model(ARCHITECTURES[name]), tokens_of(ARCHITECTURES[name], time=12)
     ends = torch.tensor([0, 5, 12, 13, 20, 24], dtype=torch.int32)
-    packed = model(tokens, documents=ends).flatten(0, 1)
+    packed = model(tokens, context=Context(documents=ends)).flatten(0, 1)
     for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         alone = model(tokens.flatten()[None, start:stop])[0]
         torch.testing.assert_close(packed[start:stop], alone, atol=1e-12, rtol=0)

@@ -1,0 +1,24 @@
+"""What one microbatch runs under."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shear_tron.keep import Keep
+from shear_tron.masks import NO_MASKS, Masks
+
+
+@dataclass(frozen=True)
+class Context:
+    """Masks (None: a dense model); to leave closed units out, which to keep; where documents end.
+
+    keep: the units whose masks are not zero (and perhaps some more), of this tensor-parallel rank: with it a model runs
+    on those alone, which gives the same numbers (docs/compaction.md). documents: see ``attention.Positions``.
+    """
+
+    masks: Masks = NO_MASKS
+    keep: Keep | None = None
+    documents: Tensor | None = None
+
+
+DENSE = Context()

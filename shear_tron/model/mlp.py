@@ -1,0 +1,21 @@
+"""The feed-forward part on the columns of one rank."""
+
+from collections.abc import Mapping
+
+import shear_kernels
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mlp(x: Tensor, weights: Mapping[str, Tensor], ffn: Tensor | None) -> Tensor:
+    """The columns' contribution to the residual stream, without the output's bias: [tokens, hidden] -> the same.
+
+    weights: a layer's, by leaf; with ``gate`` it is SwiGLU, without it GELU. ffn: the columns' mask [ffn], None where
+    it is folded into ``down``.
+    """
+    up = F.linear(x, weights["up"], weights.get("up_bias"))
+    if "gate" in weights:
+        inner = shear_kernels.masked_swiglu(F.linear(x, weights["gate"], weights.get("gate_bias")), up, ffn)
+    else:
+        inner = shear_kernels.masked_gelu(up, ffn)
+    return F.linear(inner, weights["down"])

@@ -99,9 +99,9 @@ def masked_layer_norm(
     mean square distance from the mean) are over the entries that hidden_mask keeps, those where it is not zero, so the
     masked norm is the norm of the model that lacks the others. Closed entries get no gradient. Returns [..., hidden].
     """
-    kept, width = widen(x), x.shape[-1] if hidden_mask is None else (hidden_mask != 0).sum().clamp(min=1)
-    if hidden_mask is not None:
-        kept = kept.where(hidden_mask != 0, 0)
+    width = x.shape[-1] if hidden_mask is None else (hidden_mask != 0).sum().clamp(min=1)
+    # A node of its own either way, so that the gradients of x add up in one order, and ones are None to the bit.
+    kept = widen(x).view_as(x) if hidden_mask is None else widen(x).where(hidden_mask != 0, 0)
     centred = kept - kept.sum(-1, keepdim=True) / width
     if hidden_mask is not None:
         centred = centred.where(hidden_mask != 0, 0)

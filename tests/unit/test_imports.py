@@ -6,32 +6,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
+# What a model is, from sizes to kept units; each knows those before it.
+NOUNS = ("shape", "architecture", "dims", "params", "masks", "keep")
 # Which of our packages each part may import. A part may always import itself.
 ARROWS = {
-    "shape": set(),
-    "architecture": {"shape"},
-    "params": {"shape"},
-    "masks": {"shape"},
-    "keep": {"shape", "params", "masks"},
+    **{noun: set(NOUNS[:place]) for place, noun in enumerate(NOUNS)},
     "config": set(),
     "data": {"config"},
-    "pruning": {"shape", "params", "masks", "keep", "config"},
-    "model": {"shape", "architecture", "params", "masks", "keep"},
-    "parallel": {"shape", "architecture", "params", "masks", "keep", "model", "config"},
-    "checkpoint": {"shape", "architecture", "params", "parallel"},  # parallel.agree, no more
-    "train": {
-        "shape",
-        "architecture",
-        "params",
-        "masks",
-        "keep",
-        "config",
-        "data",
-        "pruning",
-        "model",
-        "parallel",
-        "checkpoint",
-    },
+    "pruning": {*NOUNS, "config"},
+    "model": set(NOUNS),
+    "parallel": {*NOUNS, "model", "config"},
+    "checkpoint": {*NOUNS, "parallel"},  # parallel.agree, no more
+    "train": {*NOUNS, "config", "data", "pruning", "model", "parallel", "checkpoint"},
     "cli": {"config", "data", "parallel", "train", "checkpoint"},
     "__main__": {"cli"},
 }

@@ -10,8 +10,8 @@ from torch import Tensor
 from shear_tron.data.config import DataConfig
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.sampler import held_out
-from shear_tron.parallel import sync
 from shear_tron.model.context import Context
+from shear_tron.parallel import sync
 from shear_tron.parallel.pipeline import Engine
 from shear_tron.parallel.topology import Topology
 

@@ -13,11 +13,11 @@ from shear_tron.config import save as save_config
 from shear_tron.data.mixture import Mixture
 from shear_tron.data.sampler import Batches, Sampler
 from shear_tron.data.tokens import document_ends
+from shear_tron.model.context import DENSE, Context
 from shear_tron.model.flops import flops
 from shear_tron.parallel import sync
 from shear_tron.parallel.agree import AgreedError
 from shear_tron.parallel.data import shard
-from shear_tron.model.context import DENSE, Context
 from shear_tron.parallel.pipeline import Engine, build_stages
 from shear_tron.parallel.topology import Topology
 from shear_tron.pruning.snapshot import snapshot

@@ -1,6 +1,6 @@
 """Hugging Face folders in and out: config.json, safetensors, tokenizer. Strict both ways, one tensor at a time.
 
-Names and layouts are Hugging Face's own (``shear_tron.params`` holds the renaming), so nothing is permuted.
+Names are a family's (``families``); fused tensors are taken apart and put together (``names``), nothing is permuted.
 """
 
 import json
@@ -16,26 +16,12 @@ import torch
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
-from shear_tron.checkpoint.huggingface_config import TOKEN_IDS, architecture_config, read_architecture
+from shear_tron.checkpoint.huggingface_config import TOKEN_IDS, architecture_config, family_of, read_architecture
+from shear_tron.checkpoint.names import Read, Stored, stored
 from shear_tron.checkpoint.safetensors_stream import DTYPES, Entry, Writer, entries, open_file, read_json
 from shear_tron.params import Param, params
 
 __all__ = ["Weights", "architecture_config", "read_architecture", "write"]
-
-# WIP until names.py
-_HF = {
-    "embed": "model.embed_tokens.weight", "attn_norm": "model.layers.{}.input_layernorm.weight",
-    "q": "model.layers.{}.self_attn.q_proj.weight", "k": "model.layers.{}.self_attn.k_proj.weight",
-    "v": "model.layers.{}.self_attn.v_proj.weight", "o": "model.layers.{}.self_attn.o_proj.weight",
-    "mlp_norm": "model.layers.{}.post_attention_layernorm.weight", "gate": "model.layers.{}.mlp.gate_proj.weight",
-    "up": "model.layers.{}.mlp.up_proj.weight", "down": "model.layers.{}.mlp.down_proj.weight",
-    "norm": "model.norm.weight", "lm_head": "lm_head.weight",
-}  # fmt: skip
-
-
-def hf_name(param: Param) -> str:
-    return _HF[param.row.leaf].format(param.layer)
-
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -56,75 +42,90 @@ class Weights:
     """The weights of a Hugging Face folder, read when asked for."""
 
     architecture: Architecture
-    _entries: Mapping[str, Entry]  # by our names
+    _places: Mapping[str, tuple[Entry, Stored, Param]]  # by our names
 
     @classmethod
     def open(cls, folder: str | Path, architecture: Architecture) -> "Weights":
         """Check from the files' headers that they hold exactly the tensors of ``architecture``.
 
         Raises ValueError for a missing, extra, misshaped or quantised tensor and for a damaged file, naming it. Two
-        extras are harmless and let pass: rotary frequencies (computed anyway), and beside tied embeddings an
-        ``lm_head.weight``, provided that its values (read for this) are the embedding's.
+        extras are harmless and let pass: buffers (rotary frequencies and masks, computed anyway), and beside tied
+        embeddings a head, provided that its values (read for this) are the embedding's.
         """
         folder = Path(folder)
-        found = entries(folder)
-        parameters = {hf_name(parameter): parameter for parameter in params(architecture)}
-        for hf in found:
-            redundant = hf.endswith("rotary_emb.inv_freq") or (hf == "lm_head.weight" and architecture.shape.tied)
-            if hf not in parameters and not redundant:
-                raise ValueError(f"{found[hf].path} holds {hf}, which this model lacks; check config.json")
-        for parameter in parameters.values():
-            _check(folder, parameter, found)
-        if architecture.shape.tied and "lm_head.weight" in found:
-            _check_tied_head(found["model.embed_tokens.weight"], found["lm_head.weight"])
-        return cls(architecture, {parameter.name: found[hf] for hf, parameter in parameters.items()})
+        found, family = entries(folder), family_of(architecture)
+        tensors = {tensor.name: tensor for tensor in stored(architecture, family.names)}
+        embed, head = str(family.names["embed"]), str(family.names["lm_head"])
+        for name in found:
+            redundant = name.endswith(family.buffers) or (name == head and architecture.shape.tied)
+            if name not in tensors and not redundant:
+                raise ValueError(f"{found[name].path} holds {name}, which this model lacks; check config.json")
+        for tensor in tensors.values():
+            _check(folder, tensor, found)
+        if architecture.shape.tied and head in found:
+            _check_tied_head(found[embed], found[head])
+        places = {
+            param.name: (found[tensor.name], tensor, param) for tensor in tensors.values() for param in tensor.params
+        }
+        return cls(architecture, {param.name: places[param.name] for param in params(architecture)})
 
     def names(self) -> list[str]:
         """Our names of all tensors, in the order of ``shear_tron.params.params``."""
-        return list(self._entries)
+        return list(self._places)
 
     def read(self, name: str) -> Tensor:
         """One whole tensor in its stored dtype, mapped from its file: pages are read as they are used."""
-        tensor: Tensor = open_file(self._entries[name].path).get_tensor(self._entries[name].name)
-        return tensor
+        entry, tensor, param = self._places[name]
+        if len(tensor.params) == 1:
+            whole: Tensor = open_file(entry.path).get_tensor(entry.name)
+            return whole
+        return tensor.read(_reader(entry), param)
 
     def read_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """Entries ``start`` to ``stop`` along ``axis`` (0 or 1) of one tensor; only they are kept in memory."""
-        size = self._entries[name].size
+        """Entries ``start`` to ``stop`` along ``axis`` of one tensor; only they are kept in memory."""
+        entry, tensor, param = self._places[name]
+        size = param.size
         if not 0 <= axis < len(size):
             raise ValueError(f"axis={axis} is not an axis of {name} {list(size)}; use 0 to {len(size) - 1}")
         if not 0 <= start <= stop <= size[axis]:
             raise ValueError(f"{start}:{stop} is not within axis {axis} of {name} {list(size)}; use 0:{size[axis]}")
-        index = (*(slice(None) for _ in range(axis)), slice(start, stop))
-        part: Tensor = open_file(self._entries[name].path).get_slice(self._entries[name].name)[index]
-        return part.contiguous()
+        part = tensor.read_slice(_reader(entry), param, axis, start, stop)
+        return part.contiguous() if len(tensor.params) == 1 else part.clone()  # not a view of its neighbours
 
 
-def _check(folder: Path, parameter: Param, found: Mapping[str, Entry]) -> None:
-    entry = found.get(hf_name(parameter))
+def _reader(entry: Entry) -> Read:
+    part = open_file(entry.path).get_slice(entry.name)
+
+    def read(axis: int, start: int, stop: int) -> Tensor:
+        found: Tensor = part[(*(slice(None) for _ in range(axis)), slice(start, stop))]
+        return found
+
+    return read
+
+
+def _check(folder: Path, tensor: Stored, found: Mapping[str, Entry]) -> None:
+    entry = found.get(tensor.name)
     if entry is None:
+        raise ValueError(f"{folder} lacks {tensor.name}, which config.json asks for; fetch the whole folder again")
+    if entry.size != tensor.size:
         raise ValueError(
-            f"{folder} lacks {hf_name(parameter)}, which config.json asks for; fetch the whole folder again"
-        )
-    if entry.size != parameter.size:
-        raise ValueError(
-            f"{entry.path}: {hf_name(parameter)} has size {list(entry.size)}, config.json asks for {list(parameter.size)}; "
+            f"{entry.path}: {tensor.name} has size {list(entry.size)}, config.json asks for {list(tensor.size)}; "
             "use weights and config.json of one model"
         )
     if entry.dtype not in DTYPES:
-        raise ValueError(f"{entry.path}: {hf_name(parameter)} is {entry.dtype}; use weights in {', '.join(DTYPES)}")
+        raise ValueError(f"{entry.path}: {tensor.name} is {entry.dtype}; use weights in {', '.join(DTYPES)}")
 
 
 def _check_tied_head(embed: Entry, head: Entry, rows: int = 8192) -> None:
     same = embed.size == head.size
     if same:
-        with open_file(embed.path) as one, open_file(head.path) as two:
-            left, right = one.get_slice("model.embed_tokens.weight"), two.get_slice("lm_head.weight")
-            same = all(torch.equal(left[i : i + rows], right[i : i + rows]) for i in range(0, embed.size[0], rows))
+        one, two = _reader(embed), _reader(head)
+        spans = ((start, min(start + rows, embed.size[0])) for start in range(0, embed.size[0], rows))
+        same = all(torch.equal(one(0, *span), two(0, *span)) for span in spans)
     if not same:
         raise ValueError(
-            f"{head.path}: lm_head.weight differs from the embedding though config.json ties them; "
-            "set tie_word_embeddings to false or remove lm_head.weight"
+            f"{head.path}: {head.name} differs from the embedding though config.json ties them; "
+            f"set tie_word_embeddings to false or remove {head.name}"
         )
 
 
@@ -137,7 +138,7 @@ def write(
     tokenizer_from: str | Path | None = None,
     shard_bytes: float = 5e9,
 ) -> None:
-    """Write a folder that ``LlamaForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` open.
+    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` open.
 
     tensors: (our name, tensor), each once, in any order and on any device; one at a time is in memory. dtype: what to
     store; None is the first tensor's, and another's must be the same. tokenizer_from: a folder whose tokenizer files
@@ -174,24 +175,35 @@ def _write_tensors(
     dtype: torch.dtype | None,
     shard_bytes: float,
 ) -> torch.dtype:
-    """Write all tensors; returns the dtype they have on disk."""
-    sizes = {hf_name(parameter): parameter.size for parameter in params(architecture)}
-    hf_names = {parameter.name: hf_name(parameter) for parameter in params(architecture)}
+    """Write all tensors; returns the dtype they have on disk. Of a fused tensor the parts wait for each other."""
+    tensors_stored = list(stored(architecture, family_of(architecture).names))
+    places = {param.name: (param, tensor) for tensor in tensors_stored for param in tensor.params}
+    waiting: dict[str, Tensor] = {}
     writer: Writer | None = None
-    stored = dtype
+    kept = dtype
     for name, tensor in tensors:
-        if writer is None or stored is None:
-            stored = tensor.dtype if dtype is None else dtype
-            writer = Writer(folder, sizes, stored, shard_bytes)
-        if dtype is None and tensor.dtype != stored:
-            raise ValueError(f"{name} is {tensor.dtype}, tensors before it {stored}; name the dtype to store")
-        if name not in hf_names:
+        if writer is None or kept is None:
+            kept = tensor.dtype if dtype is None else dtype
+            writer = Writer(folder, {each.name: each.size for each in tensors_stored}, kept, shard_bytes)
+        if dtype is None and tensor.dtype != kept:
+            raise ValueError(f"{name} is {tensor.dtype}, tensors before it {kept}; name the dtype to store")
+        if name not in places:
             raise ValueError(f"{name} is not a tensor of this model; leave it out")
-        writer.write(hf_names[name], tensor)
-    if writer is None or stored is None:
+        param, whole = places[name]
+        if name in waiting:
+            raise ValueError(f"{name} came twice; give every tensor once")
+        if tuple(tensor.shape) != param.size:
+            raise ValueError(f"{name} has size {list(tensor.shape)}; this model's is {list(param.size)}")
+        waiting[name] = tensor
+        if all(param.name in waiting for param in whole.params):
+            writer.write(whole.name, whole.pack([waiting.pop(param.name) for param in whole.params]))
+    if writer is None or kept is None:
         raise ValueError("no tensors were given; give every tensor of the model once")
+    for name in waiting:
+        lacking = next(param.name for param in places[name][1].params if param.name not in waiting)
+        raise ValueError(f"{lacking} was not given beside {name}; give every tensor once")
     writer.close()
-    return stored
+    return kept
 
 
 def _copy_tokenizer(source: Path, folder: Path, config: dict[str, Any]) -> None:

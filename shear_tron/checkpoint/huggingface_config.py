@@ -1,110 +1,142 @@
-"""config.json of a Hugging Face folder, to and from an ``Architecture``."""
+"""config.json of a Hugging Face folder, to and from an ``Architecture``: what all families have in common."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shear_tron.architecture import Architecture, Rope
+from shear_tron.checkpoint.config_json import LONGEST_CONTEXT, MOST_LAYERS, ConfigJson
+from shear_tron.checkpoint.families import FAMILIES, Family
 from shear_tron.checkpoint.safetensors_stream import read_json
 from shear_tron.shape import Shape
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+# What transformers' LlamaConfig has where a file says nothing; a family's own come on top.
+_DEFAULTS = {
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+}
+
+# Keys that say of any model that its forward is none of ours, and why.
+_REFUSED_KEYS = {
+    "quantization_config": "quantised weights are not supported; use the float checkpoint",
+    "is_encoder_decoder": "an encoder-decoder is not supported; use a decoder",
+    "num_experts": "a mixture of experts is not supported; use a dense model",
+    "num_local_experts": "a mixture of experts is not supported; use a dense model",
+    "n_routed_experts": "a mixture of experts is not supported; use a dense model",
+    "attn_logit_softcapping": "attention scores with a soft cap are not supported; use a model without",
+    "final_logit_softcapping": "logits with a soft cap are not supported; use a model without",
+    "rope_interleaved": "rotary pairs of neighbours are not supported; use a model that turns halves",
+}
+_REFUSED_TYPES = {
+    "olmo2": "it norms q and k over all heads, which tensor parallelism cuts, and norms what a branch gives",
+    "olmo3": "it norms q and k over all heads, which tensor parallelism cuts, and norms what a branch gives",
+    "gemma": "its norms scale by 1 + weight",
+    "phi3": "its q, k, v and its gate and up are fused in a way that no family here has",
+}
+
 
 def read_architecture(folder: str | Path) -> Architecture:
     """The architecture that ``config.json`` of a folder describes; ValueError where this project has another forward.
 
-    What the file leaves out has the value that transformers' LlamaConfig gives it; sizes may not be left out.
+    What the file leaves out has the value that transformers' config class of the family gives it; of sizes only the
+    number of key-value heads, their width and the context may be left out.
     """
     path = Path(folder) / "config.json"
-    config = read_json(path)
-    _refuse_other_models(path, config)
+    return _architecture(path, read_json(path))
 
-    def size(key: str, default: int | None = None) -> int:
-        value = config.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{path}: {key}={value!r} is not a size; use a whole number")
-        return value
 
-    hidden, heads = size("hidden_size"), size("num_attention_heads")
-    if config.get("head_dim") is None and hidden % max(heads, 1):
-        raise ValueError(f"{path}: hidden_size={hidden} is no multiple of num_attention_heads={heads}; set head_dim")
+def family_of(architecture: Architecture) -> Family:
+    if architecture.family not in FAMILIES:
+        raise ValueError(f"family={architecture.family!r} is not known; use one of {', '.join(FAMILIES)}")
+    return FAMILIES[architecture.family]
+
+
+def _architecture(path: Path, values: Mapping[str, Any]) -> Architecture:
+    for key, reason in _REFUSED_KEYS.items():
+        if values.get(key):
+            raise ValueError(f"{path}: {key}={values[key]!r}: {reason}")
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        why = f" ({_REFUSED_TYPES[kind]})" if isinstance(kind, str) and kind in _REFUSED_TYPES else ""
+        raise ValueError(f"{path}: model_type={kind!r} is not supported{why}; use one of {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    config = ConfigJson(
+        path, values, {**_DEFAULTS, "hidden_act": family.activation, **family.defaults}, family.spelling
+    )
+    act = config.get("hidden_act")
+    if act != family.activation and (act, family.activation) != ("swish", "silu"):
+        raise config.error(f"hidden_act={act!r} is not supported; use a {kind} model with {family.activation!r}")
+    return Architecture(
+        _shape(config),
+        _rope(config, family),
+        norm_eps=config.number("rms_norm_eps"),
+        context=config.size("max_position_embeddings", most=LONGEST_CONTEXT),
+        family=kind,
+        **family.facts(config),
+    )
+
+
+def _shape(config: ConfigJson) -> Shape:
+    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    if config.get("head_dim") is None and hidden % heads:
+        raise config.error(f"hidden_size={hidden} is no multiple of num_attention_heads={heads}; set head_dim")
+    sizes = {
+        "hidden": hidden,
+        "layers": config.size("num_hidden_layers", most=MOST_LAYERS),
+        "heads": heads,
+        "kv_heads": config.size("num_key_value_heads", heads),
+        "head_dim": config.size("head_dim", hidden // heads),
+        "ffn": config.size("intermediate_size"),
+        "vocab": config.size("vocab_size"),
+    }
     try:
-        shape = Shape(
-            hidden=hidden,
-            layers=size("num_hidden_layers"),
-            heads=heads,
-            kv_heads=size("num_key_value_heads", heads),
-            head_dim=size("head_dim", hidden // max(heads, 1)),
-            ffn=size("intermediate_size"),
-            vocab=size("vocab_size"),
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
+        return Shape(**sizes, tied=config.flag("tie_word_embeddings"))
     except ValueError as error:
-        raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from None
-    context = size("max_position_embeddings", 2048)
-    return Architecture(shape, _read_rope(path, config), _number(path, config, "rms_norm_eps", 1e-6), context)
+        raise config.error(str(error)) from None
 
 
-def _refuse_other_models(path: Path, config: Mapping[str, Any]) -> None:
-    model_type = config.get("model_type")
-    if model_type != "llama":
-        raise ValueError(
-            f"{path}: model_type={model_type!r} is not supported; use a 'llama' model (LLaMA 1 to 3, SmolLM, TinyLlama "
-            "and others that declare it)"
-        )
-    for key in ("attention_bias", "mlp_bias", "rope_interleaved"):
-        if config.get(key):
-            raise ValueError(f"{path}: {key}={config[key]!r} is not supported; use a model where it is false")
-    if config.get("quantization_config"):
-        raise ValueError(f"{path}: quantised weights are not supported; use the float checkpoint")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"{path}: hidden_act={config['hidden_act']!r} is not supported; use a model with 'silu'")
-
-
-def _number(path: Path, values: Mapping[str, Any], key: str, default: float | None) -> float:
-    value = values.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"{path}: {key}={value!r} is not a positive number; set it")
-    return float(value)
-
-
-def _read_rope(path: Path, config: Mapping[str, Any]) -> Rope:
-    """Rotary parameters: ``rope_parameters`` of transformers 5, or ``rope_theta`` with ``rope_scaling`` before it."""
-    values = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: rotary parameters {values!r} are not an object; use one with rope_type")
-    theta = _number(path, values, "rope_theta", _number(path, config, "rope_theta", 10000.0))
-    kind = values.get("rope_type", values.get("type", "default"))
-    if values.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise ValueError(f"{path}: partial_rotary_factor other than 1 is not supported; use a model that turns all")
+def _rope(config: ConfigJson, family: Family) -> Rope:
+    """Rotary parameters: ``rope_parameters`` of transformers 5, or single keys and ``rope_scaling`` before it."""
+    outer = {"rope_theta": config.number("rope_theta"), "partial_rotary_factor": config.number("partial_rotary_factor")}
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    values = config.inner(key, **outer)
+    theta, share = values.number("rope_theta"), values.number("partial_rotary_factor")
+    if share > 1 or (share != 1 and not family.partial_rotary):
+        raise config.error(f"partial_rotary_factor={share} is not supported; use a model that turns whole heads")
+    kind = values.get("rope_type") or values.get("type") or "default"
     if kind == "default":
-        return Rope(theta=theta)
+        return Rope(theta=theta, share=share)
     if kind != "llama3":
-        raise ValueError(f"{path}: rope_type={kind!r} is not supported; use a model with 'default' or 'llama3'")
+        raise config.error(f"rope_type={kind!r} is not supported; use a model with 'default' or 'llama3'")
     return Rope(
         theta=theta,
-        factor=_number(path, values, "factor", None),
-        low_freq_factor=_number(path, values, "low_freq_factor", None),
-        high_freq_factor=_number(path, values, "high_freq_factor", None),
-        original_context=int(_number(path, values, "original_max_position_embeddings", None)),
+        factor=values.number("factor"),
+        low_freq_factor=values.number("low_freq_factor"),
+        high_freq_factor=values.number("high_freq_factor"),
+        original_context=values.size("original_max_position_embeddings", most=LONGEST_CONTEXT),
+        share=share,
     )
 
 
 def architecture_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
     """The ``config.json`` of a model. In the older spelling, which transformers 4 and 5 both read.
 
-    Raises ValueError where transformers refuses the sizes: it wants hidden to be a multiple of heads in any case.
+    Raises ValueError where transformers refuses the sizes, and where the family's config.json cannot say what the
+    architecture is: it must read back as the same.
     """
-    shape, rope = architecture.shape, architecture.rope
-    if shape.hidden % shape.heads:
+    family, shape, rope = family_of(architecture), architecture.shape, architecture.rope
+    if family.hidden_is_whole_heads and shape.hidden % shape.heads:
         raise ValueError(
-            f"hidden={shape.hidden} is no multiple of heads={shape.heads}, which transformers' LLaMA asks for; "
-            "shear to sizes that divide"
+            f"hidden={shape.hidden} is no multiple of heads={shape.heads}, which transformers' {family.model} asks "
+            "for; shear to sizes that divide"
         )
     scaling = {
         "rope_type": "llama3",
@@ -113,9 +145,7 @@ def architecture_config(architecture: Architecture, dtype: torch.dtype) -> dict[
         "high_freq_factor": rope.high_freq_factor,
         "original_max_position_embeddings": rope.original_context,
     }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    common = {
         "hidden_size": shape.hidden,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
@@ -127,11 +157,30 @@ def architecture_config(architecture: Architecture, dtype: torch.dtype) -> dict[
         "max_position_embeddings": architecture.context,
         "rms_norm_eps": architecture.norm_eps,
         "rope_theta": rope.theta,
-        "rope_scaling": None if rope.factor == 1.0 else scaling,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        # Without these transformers would assume LLaMA-2's; `write` takes them from the tokenizer's folder.
+        "rope_scaling": None if rope == Rope(rope.theta, share=rope.share) else scaling,
+        "hidden_act": family.activation,
+    }
+    if family.partial_rotary:
+        common["partial_rotary_factor"] = rope.share
+    spelled = {family.spelling.get(key, key): value for key, value in common.items()}
+    config: dict[str, Any] = {
+        "architectures": [family.model],
+        "model_type": architecture.family,
+        **{key: value for key, value in spelled.items() if key is not None},
+        **family.keys(architecture),
+        # Without these transformers would assume others; `write` takes them from the tokenizer's folder.
         **dict.fromkeys(TOKEN_IDS),
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    _require_said(architecture, _architecture(Path("config.json"), config))
+    return config
+
+
+def _require_said(meant: Architecture, said: Architecture) -> None:
+    ours, theirs = ({**asdict(each), **each.shape.asdict()} for each in (meant, said))
+    for key in ours:
+        if key != "shape" and ours[key] != theirs[key]:
+            raise ValueError(
+                f"{key}={ours[key]!r} cannot be said in a config.json of {meant.family}, which would be read as "
+                f"{theirs[key]!r}; use what the family can say"
+            )

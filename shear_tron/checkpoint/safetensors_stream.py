@@ -36,14 +36,18 @@ class Entry:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError naming the file where it holds none."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give a folder saved by transformers' save_pretrained") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object; fetch it again")
     return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON's")
 
 
 def open_file(path: Path) -> Any:

@@ -62,19 +62,20 @@ class Stored:
         """The stored tensor of its parameters, given in the order of ``params``."""
         if len(tensors) == 1:
             return tensors[0]
-        shares = [tensor.unflatten(0, (self.blocks, -1)) for tensor in tensors]
+        shares = [tensor.reshape(self.blocks, -1, *tensor.shape[1:]) for tensor in tensors]
         return torch.cat(shares, 1).flatten(0, 1)
 
     def unpack(self, tensor: Tensor, param: Param) -> Tensor:
         """One parameter out of the stored tensor, or out of any part of it that has whole blocks of axis 0."""
-        return tensor.unflatten(0, (-1, self._block)).narrow(1, *self._place(param)).flatten(0, 1)
+        blocks = tensor.reshape(-1, self._block, *tensor.shape[1:])
+        return blocks.narrow(1, *self._place(param)).flatten(0, 1)
 
     def read(self, read: Read, param: Param) -> Tensor:
         """One whole parameter; of a tensor in one block nothing else is read."""
         return self.read_slice(read, param, 0, 0, param.size[0])
 
     def read_slice(self, read: Read, param: Param, axis: int, start: int, stop: int) -> Tensor:
-        """Entries ``start`` to ``stop`` along ``axis`` of one parameter. No more than the blocks they lie in is read."""
+        """Entries ``start`` to ``stop`` along ``axis`` of one parameter. Only the blocks they lie in are read."""
         offset, share = self._place(param)
         if axis != 0:
             return self.unpack(read(axis, start, stop), param)

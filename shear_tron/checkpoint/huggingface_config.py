@@ -74,9 +74,10 @@ def _architecture(path: Path, values: Mapping[str, Any]) -> Architecture:
     act = config.get("hidden_act")
     if act != family.activation and (act, family.activation) != ("swish", "silu"):
         raise config.error(f"hidden_act={act!r} is not supported; use a {kind} model with {family.activation!r}")
+    shape = _shape(config)
     return Architecture(
-        _shape(config),
-        _rope(config, family),
+        shape,
+        _rope(config, family, shape.head_dim),
         norm_eps=config.number("rms_norm_eps"),
         context=config.size("max_position_embeddings", most=LONGEST_CONTEXT),
         family=kind,
@@ -103,14 +104,19 @@ def _shape(config: ConfigJson) -> Shape:
         raise config.error(str(error)) from None
 
 
-def _rope(config: ConfigJson, family: Family) -> Rope:
+def _rope(config: ConfigJson, family: Family, head_dim: int) -> Rope:
     """Rotary parameters: ``rope_parameters`` of transformers 5, or single keys and ``rope_scaling`` before it."""
     outer = {"rope_theta": config.number("rope_theta"), "partial_rotary_factor": config.number("partial_rotary_factor")}
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     values = config.inner(key, **outer)
+    if any(isinstance(value, dict) for value in values.values.values()):
+        raise config.error(f"{key} by kind of layer is not supported; use a model with one for all layers")
     theta, share = values.number("rope_theta"), values.number("partial_rotary_factor")
-    if share > 1 or (share != 1 and not family.partial_rotary):
-        raise config.error(f"partial_rotary_factor={share} is not supported; use a model that turns whole heads")
+    if share != 1 and not (family.partial_rotary and share < 1 and int(head_dim * share) % 2 == 0):
+        raise config.error(
+            f"{config.name('partial_rotary_factor')}={share} of head_dim={head_dim} is not supported; use a model that "
+            "turns whole heads, or (GPT-NeoX) an even number of entries"
+        )
     kind = values.get("rope_type") or values.get("type") or "default"
     if kind == "default":
         return Rope(theta=theta, share=share)

@@ -67,7 +67,7 @@ class Stored:
 
     def unpack(self, tensor: Tensor, param: Param) -> Tensor:
         """One parameter out of the stored tensor, or out of any part of it that has whole blocks of axis 0."""
-        blocks = tensor.reshape(-1, self._block, *tensor.shape[1:])
+        blocks = tensor.reshape(tensor.shape[0] // self._block, self._block, *tensor.shape[1:])
         return blocks.narrow(1, *self._place(param)).flatten(0, 1)
 
     def read(self, read: Read, param: Param) -> Tensor:

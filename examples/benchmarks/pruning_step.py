@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 
 from shear_tron.architecture import Architecture
+from shear_tron.model.context import DENSE
 from shear_tron.model.flops import flops
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
-from shear_tron.parallel.pipeline import Context, Engine, build_stages
+from shear_tron.parallel.pipeline import Engine, build_stages
 from shear_tron.parallel.topology import Layout, Topology, start
-from shear_tron.params import BY_LEAF
+from shear_tron.params import by_leaf
 from shear_tron.pruning.config import PruneConfig, TargetConfig
 from shear_tron.pruning.gates import LIMIT
 from shear_tron.shape import Shape
@@ -50,7 +51,7 @@ class Random:
         self.shape, self.generator = shape, torch.Generator().manual_seed(0)
 
     def read(self, name: str) -> torch.Tensor:
-        size = BY_LEAF[name.rsplit(".", 1)[-1]].size(self.shape)
+        size = by_leaf(Architecture(self.shape))[name.rsplit(".", 1)[-1]].size(self.shape)
         return torch.ones(size) if "norm" in name else torch.randn(size, generator=self.generator) * 0.02
 
     def read_slice(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
@@ -71,7 +72,7 @@ def halves(shape: Shape) -> TargetConfig:
 def pruner(kind: str, closed: float, shape: Shape, topology: Topology) -> Pruner:
     """Gates of which ``closed`` of the units to be pruned, scattered, are closed, as far as gates ever close."""
     config = PruneConfig(target=halves(shape), warmup_steps=1, compact=kind == "compact")
-    made = Pruner(shape, halves(shape).shape(shape), config, 0, topology)
+    made = Pruner(Architecture(shape), halves(shape).shape(shape), config, 0, topology)
     noise = torch.Generator().manual_seed(1)
     for name, logits in made.gates.logits.items():
         units = logits.shape[-1]
@@ -119,7 +120,7 @@ def main() -> None:
         """(seconds, operations next to dense, peak GiB) of a step with ``by``'s masks; None: dense."""
         memory.reset()
         began = time.perf_counter()
-        sampled, gated = by.sample(number, range(1)) if by else ([], [Context()])
+        sampled, gated = by.sample(number, range(1)) if by else ([], [DENSE])
         engine.train(windows[:, :-1], windows[:, 1:], gated)
         if by:
             by.backward(number, sampled, gated)
@@ -130,8 +131,8 @@ def main() -> None:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         tokens, layers = BATCH * sequence, range(shape.layers)
-        done = flops(shape, layers, True, tokens, sequence, gated[0].keep)
-        return seconds, done / flops(shape, layers, True, tokens, sequence), memory.peak()
+        done = flops(Architecture(shape), layers, True, tokens, sequence, gated[0].keep)
+        return seconds, done / flops(Architecture(shape), layers, True, tokens, sequence), memory.peak()
 
     pruners = {
         (level, kind): None if kind == "dense" else pruner(kind, closed, shape, topology)

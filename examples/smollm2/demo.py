@@ -72,7 +72,7 @@ def report(seconds: float) -> None:
     architecture = read_architecture(RUNS / "final")
     weights = Weights.open(RUNS / "final", architecture)
     ours = Transformer(architecture)
-    ours.load_state_dict({param.name: weights.read(param.name) for param in params(architecture.shape)})
+    ours.load_state_dict({param.name: weights.read(param.name) for param in params(architecture)})
     prompt = tokenizer("The history of the English language", return_tensors="pt").input_ids
     with torch.no_grad():
         difference = (ours(prompt) - theirs(prompt).logits).abs().max().item()
@@ -90,7 +90,7 @@ def report(seconds: float) -> None:
     for title, losses in rows:
         mean = sum(losses.values()) / len(losses)
         print(f"{title:12}" + "".join(f"{losses[name]:8.3f}" for name in source) + f"{mean:8.3f}")
-    before, after = count(read_architecture(RUNS / "model").shape), count(architecture.shape)
+    before, after = count(read_architecture(RUNS / "model")), count(architecture)
     print(f"\nparameters   {before:,} -> {after:,} ({after / before:.1%}): {architecture.shape}")
     print(f"logits       transformers and shear-tron differ by at most {difference:.1e}")
     print(f"it says      {tokenizer.decode(continued[0])!r}")

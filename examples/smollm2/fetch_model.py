@@ -75,16 +75,16 @@ def architecture_of(reader: gguf.GGUFReader) -> Architecture:
     return Architecture(shape, Rope(theta=value("rope.freq_base")), eps, value("context_length"))
 
 
-def tensors(reader: gguf.GGUFReader, shape: Shape) -> Iterator[tuple[str, Tensor]]:
+def tensors(reader: gguf.GGUFReader, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     """Our names and the weights in float32."""
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    for parameter in tqdm(list(params(shape)), desc="dequantise", unit="tensor"):
+    for parameter in tqdm(list(params(architecture)), desc="dequantise", unit="tensor"):
         prefix = "" if parameter.layer is None else f"blk.{parameter.layer}."
         tensor = stored[f"{prefix}{GGUF_NAMES[parameter.row.leaf]}.weight"]
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).view(parameter.size)
         if parameter.row.leaf in ("q", "k"):
             # llama.cpp turns neighbours (0, 1), (2, 3) ... where Hugging Face turns halves (0, n/2), (1, n/2 + 1) ...
-            pairs = weight.view(-1, shape.head_dim // 2, 2, shape.hidden)
+            pairs = weight.view(-1, architecture.shape.head_dim // 2, 2, architecture.shape.hidden)
             weight = pairs.transpose(1, 2).reshape(parameter.size)
         yield parameter.name, weight
 
@@ -126,7 +126,7 @@ def fetch(out: Path, dtype: torch.dtype = torch.float32) -> Architecture:
         reader = gguf.GGUFReader(download(Path(scratch)))
         architecture = architecture_of(reader)
         save_tokenizer(reader, Path(scratch))
-        write(out, architecture, tensors(reader, architecture.shape), dtype=dtype, tokenizer_from=scratch)
+        write(out, architecture, tensors(reader, architecture), dtype=dtype, tokenizer_from=scratch)
     return architecture
 
 
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
     architecture = fetch(arguments.out, getattr(torch, arguments.dtype))
-    print(f"{arguments.out}: SmolLM2-135M, {count(architecture.shape):,} parameters")
+    print(f"{arguments.out}: SmolLM2-135M, {count(architecture):,} parameters")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def write(
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        waiting = {part.name: (part, whole) for whole in packed(architecture.shape) for part in whole.parts}
+        waiting = {part.name: (part, whole) for whole in packed(architecture) for part in whole.parts}
         found: dict[str, Tensor] = {}
         for name, tensor in tensors:
             if name not in waiting:
@@ -121,7 +121,7 @@ class Checkpoint:
         architecture, interleaved = read_model_config(folder / MODEL)
         parts: dict[str, tuple[Packed, Param, int]] = {}
         pieces: dict[Path, tuple[Piece, ...]] = {}
-        for whole in packed(architecture.shape):
+        for whole in packed(architecture):
             parts |= {part.name: (whole, part, start) for part, start, _ in whole.spans()}
             pieces[whole.folder] = find_pieces(folder / whole.folder, whole)
         return cls(architecture, interleaved, parts, pieces)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.safetensors_stream import DTYPES, open_file
 from shear_tron.params import Param, params
-from shear_tron.shape import Shape
 
 FORMAT = "1.2"  # of the checkpoint: release 0.4 writes it; main writes 1.5 and reads both
 READ = ("1.2", "1.3", "1.4", "1.5")
@@ -69,10 +69,10 @@ class Packed:
         return tuple(slice(start, stop) if axis == self.axis else slice(None) for axis in range(len(self.size)))
 
 
-def packed(shape: Shape) -> list[Packed]:
+def packed(architecture: Architecture) -> list[Packed]:
     """Every tensor of a checkpoint, in the order of ours."""
     groups: dict[Path, list[Param]] = {}
-    for param in params(shape):
+    for param in params(architecture):
         name = _OF_LEAF[param.row.leaf].format(param.layer)
         groups.setdefault(Path("model", *name.split(".")), []).append(param)
     return [Packed(folder, tuple(parts)) for folder, parts in groups.items()]

@@ -59,14 +59,16 @@ class Layer(nn.Module):
         if keep is not None and keep.left_out:
             return skip_layer(x, list(w.values()))
         keep = keep or ALL
-        inner = keep.masks(
-            replace(masks, heads=split.part(masks.heads), ffn=split.part(masks.ffn), layer=split.shared(masks.layer))
-        )
+        own = keep.masks(replace(masks, heads=split.part(masks.heads), ffn=split.part(masks.ffn)))
+        # Where a mask meets all there is on every rank, its gradient is whole on each; where it meets this rank's part,
+        # it is a part.
+        gate = replace(own, hidden=split.shared(own.hidden), layer=split.shared(own.layer))
         # Weights are smaller than activations: without kernels that fuse them, masks fold into what leaves a branch.
         folded = not shear_kernels.fuses_masks(x)
         for row in layer_rows(facts):
-            w[row.leaf] = keep.select(w[row.leaf], row, inner if folded and Dim.LAYERS in row.scaled_by else None)
-        hidden, gate = masks.hidden, inner
+            meets = own if row.cut_axis is not None else gate
+            w[row.leaf] = keep.select(w[row.leaf], row, meets if folded and Dim.LAYERS in row.scaled_by else None)
+        hidden, inner = gate.hidden, own
         if folded:
             inner, gate = LayerMasks(), LayerMasks()
 
@@ -151,9 +153,10 @@ class Transformer(nn.Module):
             x = self._embedding(x.flatten())
         assert time is not None
         x = shear_kernels.select(x, None, kept)
-        hidden = None if masks.hidden is None else split.shared(shear_kernels.select(masks.hidden, kept))
-        if self.is_first and hidden is not None:
-            x = (x * hidden).to(x.dtype)
+        hidden = None if masks.hidden is None else shear_kernels.select(masks.hidden, kept)
+        shared = split.shared(hidden)
+        if self.is_first and shared is not None:
+            x = (x * shared).to(x.dtype)
         tokens = x.shape[0] * (split.size if split.sequence else 1)
         positions = Positions.of(self.architecture, time, context.documents, tokens, x.device, x.dtype)
         for number, layer in self.layers.items():
@@ -163,7 +166,7 @@ class Transformer(nn.Module):
             return scatter_columns(x, kept, shape.hidden)
         outside = ALL if context.keep is None else context.keep.outside
         w = {row.leaf: outside.select(self._weight(row.leaf), row) for row in self._final_rows()}
-        states = split.enter(norm(x, w, "norm", hidden, self.architecture))
+        states = split.enter(norm(x, w, "norm", shared, self.architecture))
         head = w["embed" if shape.tied else "lm_head"]
         if labels is None:
             return F.linear(states, head).view(-1, time, head.shape[0])

@@ -30,9 +30,9 @@ def facts(plan: Plan, topology: Topology, compute: torch.dtype) -> dict[str, Any
         "ranks": topology.layout.world,
         "layout": asdict(topology.layout),
         "shape": asdict(shape),
-        "parameters": count(shape),
+        "parameters": count(plan.architecture),
         "target": target and asdict(target),
-        "target_parameters": target and count(target),
+        "target_parameters": target and count(plan.architecture.resized(target)),
     }
 
 

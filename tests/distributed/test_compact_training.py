@@ -23,7 +23,7 @@ from shear_tron.dims import KINDS
 from shear_tron.model.transformer import Transformer
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
-from shear_tron.parallel.pipeline import Engine, broadcast_losses, build_stages
+from shear_tron.parallel.pipeline import Engine, build_stages
 from shear_tron.parallel.topology import Layout, Topology, start
 from shear_tron.pruning.config import PruneConfig, TargetConfig
 from shear_tron.shape import Shape
@@ -107,7 +107,7 @@ def train(prune: PruneConfig, topology: Topology) -> Result:
             for under in gated
         ]
         seen = {f"masks.{kind}": torch.stack([getattr(masks, kind).detach() for masks in sampled]) for kind in KINDS}
-        seen["losses"] = broadcast_losses(losses, torch.empty(1, share, dtype=torch.float64), topology)[0]
+        seen["losses"] = engine.broadcast(losses, share)[0]
         way.append(seen | {"width": torch.tensor(widths)})
     result = {name: torch.stack([seen[name] for seen in way]) for name in way[0]}
     for stage in stages:

@@ -2,30 +2,32 @@
 
 Losses, weight gradients, mask gradients and the norm they are clipped by, in float64."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import shear_kernels
 import torch
+from models import ARCHITECTURES, InMemory, random_model, weights_of
 from ranks import run
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shear_tron.architecture import Architecture
 from shear_tron.data.tokens import document_ends
+from shear_tron.dims import sizes
 from shear_tron.keep import Keep
-from shear_tron.masks import Masks, sizes
-from shear_tron.model.transformer import Transformer
+from shear_tron.masks import Masks
+from shear_tron.model.context import DENSE, Context
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
-from shear_tron.parallel.pipeline import Context, Engine, broadcast_losses, build_stages
+from shear_tron.parallel.pipeline import Engine, build_stages
 from shear_tron.parallel.tensor import keep_part
 from shear_tron.parallel.topology import Layout, Topology, start
 from shear_tron.shape import Shape
 
-SHAPE = Shape(hidden=24, layers=4, heads=8, kv_heads=4, head_dim=6, ffn=20, vocab=40)
 BATCH, MICRO_BATCH, TIME = 8, 1, 6
 LIMIT = 0.1  # clips
 
@@ -55,23 +57,19 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    tied: bool
+    model: str  # of ARCHITECTURES
     masked: bool = False
     compact: int = 0  # with masks: leave closed units out, up to a multiple of this
     documents: bool = False  # several in a window
     folded: bool = True  # masks into the weights, as without kernels; else each where it acts, as with them
 
     @property
-    def shape(self) -> Shape:
-        return replace(SHAPE, tied=self.tied)
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.model]
 
     @property
-    def weights(self) -> dict[str, Tensor]:
-        torch.manual_seed(0)
-        model = Transformer(Architecture(self.shape)).double()
-        for name, parameter in model.named_parameters():
-            nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
-        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    def shape(self) -> Shape:
+        return self.architecture.shape
 
     @property
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -93,20 +91,12 @@ class Case:
         return Masks(**values)
 
 
+CASES = {f"{model}: {kind}": Case(model, **how) for model in ARCHITECTURES for kind, how in KINDS.items()}
+
+
 def through_the_sampler(mask: Tensor) -> Tensor:
     """The gradient that reaches a mask's logits: none where the sampler's clamp closed the unit."""
     return torch.zeros_like(mask) if mask.grad is None else mask.grad * (mask != 0)
-
-
-class InMemory:
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        self.weights = weights
-
-    def read(self, name: str) -> Tensor:
-        return self.weights[name].clone()
-
-    def read_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        return self.weights[name].narrow(axis, start, stop - start).clone()
 
 
 def ends(tokens: Tensor) -> Tensor:
@@ -116,17 +106,17 @@ def ends(tokens: Tensor) -> Tensor:
 Result = dict[str, Tensor]
 
 
+@cache
 def alone(case: Case) -> Result:
     """One process, no engine: the model, autograd, and arithmetic anyone can check."""
-    model = Transformer(Architecture(case.shape)).double()
-    model.load_state_dict(case.weights)
+    model = random_model(case.architecture)
     tokens, labels = case.batch
     masks = [case.masks(number) for number in range(BATCH)]
     losses = []
     for i in range(BATCH):
         row = tokens[i : i + 1]
         documents = ends(row) if case.documents else None
-        losses.append(model(row, labels[i : i + 1], masks[i], documents=documents))
+        losses.append(model(row, labels[i : i + 1], Context(masks[i] or Masks(), documents=documents))[0])
     losses = torch.cat(losses)
     losses.mean().backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -145,62 +135,69 @@ def keep(masks: Masks | None, case: Case, topology: Topology) -> Keep | None:
     return keep_part(masks, case.shape, topology.tp_rank, topology.layout.tp, case.compact, topology.device)
 
 
-def together(case: Case, layout: Layout) -> Result:
-    """The engine on this rank."""
-    with patch.object(shear_kernels, "fuses_masks", lambda x: not case.folded):
-        return _together(case, layout)
-
-
-def _together(case: Case, layout: Layout) -> Result:
+def together(layout: Layout) -> dict[str, Result]:
+    """The engine on this rank, through every case, by its name. One engine serves all cases of an architecture."""
     topology = start(layout, torch.device("cpu"))
-    architecture = Architecture(case.shape)
-    stages = build_stages(architecture, topology, "none")
-    stages = [shard(stage, InMemory(case.weights), topology, torch.float64, torch.float64) for stage in stages]
-    count = BATCH // MICRO_BATCH // layout.dp
-    documents = ends if case.documents else None
-    engine = Engine(stages, topology, count, MICRO_BATCH, TIME, torch.float64, documents)
-    tokens, labels = (x.chunk(layout.dp)[topology.dp_rank] for x in case.batch)
-    masks = [case.masks(topology.dp_rank * count + number) for number in range(count)]
-    gated = [Context(under, keep(under, case, topology)) for under in masks]
-    result: Result = {}
-    evaluated = broadcast_losses(
-        engine.evaluate(tokens, labels, Context()), tokens.new_empty(len(tokens), dtype=torch.float64), topology
-    )
-    losses = broadcast_losses(
-        engine.train(tokens, labels, gated),
-        torch.empty(len(tokens), dtype=torch.float64),
-        topology,
-    )
-    again = broadcast_losses(engine.evaluate(tokens, labels, gated[0]), torch.empty_like(losses), topology)
-    assert again.shape == evaluated.shape == losses.shape
-    result["losses"] = losses
-    result["dp_rank"] = torch.tensor(topology.dp_rank)
+    results = {}
+    for model, architecture in ARCHITECTURES.items():
+        stages = build_stages(architecture, topology, "none")
+        weights = InMemory(weights_of(random_model(architecture)))
+        stages = [shard(stage, weights, topology, torch.float64, torch.float64) for stage in stages]
+        count = BATCH // MICRO_BATCH // layout.dp
+        engine = Engine(stages, topology, count, MICRO_BATCH, TIME, torch.float64)
+        for kind in KINDS:
+            case = CASES[f"{model}: {kind}"]
+            with patch.object(shear_kernels, "fuses_masks", lambda x, case=case: not case.folded):
+                results[f"{model}: {kind}"] = _together(case, engine)
+    return results
+
+
+def _together(case: Case, engine: Engine) -> Result:
+    topology, stages = engine.topology, engine.stages
+    dp, dp_rank = topology.layout.dp, topology.dp_rank
+    engine.documents = ends if case.documents else None
+    tokens, labels = (x.chunk(dp)[dp_rank] for x in case.batch)
+    masks = [case.masks(dp_rank * engine.count + number) for number in range(engine.count)]
+    contexts = [Context(under or Masks(), keep(under, case, topology)) for under in masks]
+    result: Result = {"dp_rank": torch.tensor(dp_rank)}
+    if not case.masked:  # before the first step of all
+        result["evaluated"] = engine.broadcast(engine.evaluate(tokens, labels, DENSE), len(tokens))[0]
+    result["losses"] = engine.broadcast(engine.train(tokens, labels, contexts), len(tokens))[0]
     sync.sum_tied(stages, topology)
     result["norm"] = sync.clip(stages, LIMIT, topology)
     for stage in stages:
         for name, parameter in stage.named_parameters():
             assert isinstance(parameter.grad, DTensor), (name, type(parameter), type(parameter.grad))
             result[f"grad.{name}"] = parameter.grad.full_tensor()
+            parameter.grad = None
     if case.masked:
         grads = []
         for kind in sizes(case.shape):
             grads.append(torch.stack([through_the_sampler(getattr(mask, kind)) for mask in masks if mask]).sum(0))
         sync.sum_parts_mean_data(grads, topology)
         result |= {f"mask.{kind}": grad for kind, grad in zip(sizes(case.shape), grads, strict=True)}
+    else:  # after a step
+        result["evaluated again"] = engine.broadcast(engine.evaluate(tokens, labels, DENSE), len(tokens))[0]
     return result
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layout_gives_what_one_process_gives(layout: Layout, kind: dict[str, Any], tied: bool) -> None:
-    case = Case(tied=tied, **kind)
-    expected = alone(case)
+@cache
+def ranks_of(name: str) -> list[dict[str, Result]]:
+    """What every rank of a layout found: all cases in one set of processes."""
+    return run(LAYOUTS[name].world, together, LAYOUTS[name])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_gives_what_one_process_gives(name: str, case: str) -> None:
+    layout, expected = LAYOUTS[name], alone(CASES[case])
     seen = set()
-    for result in run(layout.world, together, case, layout):
+    for results in ranks_of(name):
+        result = dict(results[case])
         rank = int(result.pop("dp_rank"))
-        for name, value in result.items():
-            wanted = expected[name].chunk(layout.dp)[rank] if name == "losses" else expected[name]
-            torch.testing.assert_close(value, wanted, atol=1e-10, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
-            seen.add(name)
-    assert seen == expected.keys()
+        for key, value in result.items():
+            by_rank = key in ("losses", "evaluated", "evaluated again")
+            wanted = expected["losses"].chunk(layout.dp)[rank] if by_rank else expected[key]
+            torch.testing.assert_close(value, wanted, atol=1e-10, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+            seen.add(key)
+    assert seen - {"evaluated", "evaluated again"} == expected.keys()

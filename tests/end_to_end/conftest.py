@@ -63,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(
         folder / "model",
         Architecture(SHAPE, context=64),
-        ((param.name, value(param.name, param.size)) for param in params(SHAPE)),
+        ((param.name, value(param.name, param.size)) for param in params(Architecture(SHAPE))),
         tokenizer_from=folder / "tokenizer",
     )
     prepare(

@@ -38,7 +38,7 @@ def tensors(architecture: Architecture) -> dict[str, Tensor]:
     noise = torch.Generator().manual_seed(0)
     return {
         p.name: 0.2 * torch.randn(p.size, generator=noise) + (1.0 if "norm" in p.name else 0.0)
-        for p in params(architecture.shape)
+        for p in params(architecture)
     }
 
 

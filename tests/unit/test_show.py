@@ -27,7 +27,7 @@ COUNTS = {
 
 @pytest.mark.parametrize(("shape", "parameters"), COUNTS.values(), ids=COUNTS.keys())
 def test_counts(shape: Shape, parameters: int) -> None:
-    assert count(shape) == parameters
+    assert count(Architecture(shape)) == parameters
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -73,7 +73,7 @@ def test_continued_examples_show(
     config = architecture_config(Architecture(shape, context=4096), torch.float32)
     (tmp_path / "config.json").write_text(json.dumps(config))
     text = shown(capsys, f"examples/sheared-llama/continue-{name}.yaml", f"model={tmp_path}")
-    assert f"{count(shape):,}" in text
+    assert f"{count(Architecture(shape)):,}" in text
 
 
 def test_what_ranks_hold_adds_up(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,9 @@
+"""What the authors' released code does: Algorithm 1 without the maximum, so a domain better than its reference shrinks."""
+
+from shear_tron.data.rules.evidence import Evidence, Memory, Weights
+from shear_tron.data.rules.exponential import Exponential
+
+
+class Unclipped(Exponential):
+    def update(self, evidence: Evidence, memory: Memory) -> tuple[Weights, Memory]:
+        return self.raised(evidence.weights, evidence.excess), memory

@@ -136,7 +136,8 @@ class Mixture:
 
     def state(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""
-        return {"weights": self._named(self.weights), "start": self._named(self.start), "memory": self._named(self._memory)}
+        numbers = {"weights": self.weights, "start": self.start, "memory": self._memory}
+        return {key: self._named(values) for key, values in numbers.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``. Raises ValueError when it is of other domains."""

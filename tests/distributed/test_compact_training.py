@@ -36,8 +36,8 @@ RATE, CLIP = 1e-3, 1.0
 
 RUNS: dict[str, dict[str, Any]] = {
     "masked": {"compact": False},
-    "compact": {"compact": True, "multiple": 1},
-    "padded": {"compact": True, "multiple": 4},
+    "compact": {"compact": True, "pad_to": 1},
+    "padded": {"compact": True, "pad_to": 4},
 }
 LAYOUTS = {
     "one": Layout(),

@@ -73,7 +73,7 @@ def test_constant_stays_and_needs_no_references() -> None:
 
 @pytest.mark.parametrize("update", ["algorithm1", "unclipped"])
 def test_a_bounded_step_changes_no_ratio_by_more_and_keeps_the_order(update: str) -> None:
-    """Losses of several nats, as in a short run: one update would leave one domain, the bounded one moves towards it."""
+    """With losses of several nats one free update leaves one domain, a bounded one moves towards it."""
     far = excess(6.0, 4.0, 5.0, 2.0)
     free, bounded = mixture(update=update, smoothing=0), mixture(update=update, smoothing=0, max_ratio=1.5)
     assert free.update(far)[0] > 0.95

@@ -1,4 +1,4 @@
-"""What the authors' released code does: Algorithm 1 without the maximum, so a domain better than its reference shrinks."""
+"""The authors' released code: Algorithm 1 without the maximum, so a domain better than its reference shrinks."""
 
 from shear_tron.data.rules.evidence import Evidence, Memory, Weights
 from shear_tron.data.rules.exponential import Exponential

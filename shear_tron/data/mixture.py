@@ -28,14 +28,14 @@ class MixtureConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    update: Literal["algorithm1", "unclipped", "constant", "dro"] = "algorithm1"
+    update: Literal["algorithm1", "unclipped", "constant", "dro"] = "algorithm1"  # the rule (docs/data.md)
     algorithm1: Algorithm1 = Algorithm1()
     unclipped: Unclipped = Unclipped()
     constant: Constant = Constant()
     dro: Dro = Dro()
-    floor: float = Field(default=0.0, ge=0, lt=1)
-    ceiling: float = Field(default=1.0, gt=0, le=1)
-    max_change: float = Field(default=1.0, gt=0, le=1)
+    floor: float = Field(default=0.0, ge=0, lt=1)  # least weight of a domain
+    ceiling: float = Field(default=1.0, gt=0, le=1)  # largest weight of a domain
+    max_change: float = Field(default=1.0, gt=0, le=1)  # of a weight in one update
 
     @property
     def rule(self) -> Rule:

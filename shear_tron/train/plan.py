@@ -83,6 +83,8 @@ def inputs(plan: Plan) -> Inputs:
     mixture = _mixture(config.data.weights, manifest)
     names, proportions = tuple(mixture), tuple(mixture.values())
     manifest.require(names)
+    for name in names:
+        _require_held_out(manifest, name, config.data.sequence)
     references = _references(config.data.reference_losses)
     if references is not None:
         Mixture(names, proportions, references, config.data.mixture)
@@ -110,6 +112,15 @@ def _mixture(given: dict[str, float] | str, manifest: Manifest) -> dict[str, flo
             f"finish it, or {options}"
         )
     return dict(saved["mixture"]["weights"])
+
+
+def _require_held_out(manifest: Manifest, name: str, sequence: int) -> None:
+    tokens = manifest.domain(name).tokens("held_out")
+    if tokens <= sequence:
+        raise ConfigError(
+            f"domain {name!r} of {manifest.folder} has {tokens} held-out tokens, less than one window of data.sequence="
+            f"{sequence} plus 1; prepare it with a larger held_out, use a shorter sequence, or leave the domain out"
+        )
 
 
 def _references(given: dict[str, float] | str | None) -> dict[str, float] | None:

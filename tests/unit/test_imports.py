@@ -32,7 +32,8 @@ ARROWS = {
         "parallel",
         "checkpoint",
     },
-    "cli": {"config", "data", "parallel", "train", "checkpoint"},
+    "explain": {"config"},
+    "cli": {"config", "explain", "data", "parallel", "train", "checkpoint"},
     "__main__": {"cli"},
 }
 DISTRIBUTED = {"parallel", "checkpoint"}

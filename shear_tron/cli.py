@@ -25,8 +25,9 @@ VERBS = {
     "config": "every key of a configuration explained",
     "show": "dry run: counts, what ranks hold, whether all fits",
     "train": "prune (given a `prune` section) or pre-train",
-    "extract": "write a pruning run's dense model as a Hugging Face folder",
-    "export": "write a training run's model as a Hugging Face folder",
+    "extract": "write a pruning run's dense model: Hugging Face or nanotron",
+    "export": "write a training run's model: Hugging Face or nanotron",
+    "import": "make a Hugging Face folder of a nanotron checkpoint",
     "reference-loss": "reference losses of domains, predicted or measured",
     "bench": "the kernel benchmark; without a GPU its rooflines",
 }
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = _parse(argv)
     try:
-        status = int(globals()[arguments.verb.replace("-", "_")](arguments) or 0)
+        name = arguments.verb.replace("-", "_")
+        status = int(globals()[f"{name}_" if keyword.iskeyword(name) else name](arguments) or 0)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader, such as `head`, has had enough
@@ -111,9 +113,20 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("picture", nargs="?", metavar="PNG", help="draw tokens and document lengths there")
     if verb in ("extract", "export"):
         sub.add_argument("run", help="folder of the run")
-        sub.add_argument("output", help="Hugging Face folder to write; must not exist")
+        sub.add_argument("output", help="folder to write; must not exist")
         sub.add_argument("--step", type=int, default=None, help="checkpoint to take; default: the newest")
-        sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+        sub.add_argument("--model", default=None, help="where the run's source model is; default: where it was")
+        sub.add_argument("--to", choices=["huggingface", "nanotron"], default="huggingface")
+        sub.add_argument("--flavour", choices=["main", "0.4"], default="main", help="of nanotron")
+        sub.add_argument("--tp", type=int, default=1, help="pieces of every tensor, for nanotron; any can be read")
+        sub.add_argument("--samples", type=int, default=0, help="of the run's next samples to hand to nanotron")
+    if verb == "import":
+        sub.add_argument("checkpoint", help="folder that nanotron saved")
+        sub.add_argument("output", help="Hugging Face folder to write; must not exist")
+        sub.add_argument("--tokenizer", required=True, help="folder of the model's tokenizer")
+    if verb in ("extract", "export", "import"):
+        default = None if verb == "import" else "float32"  # None: as it is stored
+        sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=default)
 
 
 def _version() -> str:
@@ -157,7 +170,7 @@ def config(arguments: argparse.Namespace) -> None:
     print(markdown() if arguments.markdown else explain(arguments.key))
 
 
-def train(arguments: argparse.Namespace) -> None:
+def train(arguments: argparse.Namespace) -> int:
     from shear_tron.config import load
     from shear_tron.parallel import topology
     from shear_tron.parallel.launch import launch
@@ -170,15 +183,15 @@ def train(arguments: argparse.Namespace) -> None:
     inputs(planned)
     claim_run_folder(config)
     if arguments.nproc and arguments.nproc > 1:
-        launch(arguments.nproc, device, _train, arguments.config, arguments.overrides)
-    else:
-        _train(arguments.config, arguments.overrides)
+        return launch(arguments.nproc, device, _train, arguments.config, arguments.overrides)
+    return _train(arguments.config, arguments.overrides)
 
 
-def _train(path: str, overrides: list[str]) -> None:
+def _train(path: str, overrides: list[str]) -> int:
     """What one rank does. Whatever is wrong with the input was said before; from here on any one rank may fail."""
     from shear_tron.config import load
     from shear_tron.parallel import topology
+    from shear_tron.parallel.agree import AgreedError
     from shear_tron.train.config import RunConfig
     from shear_tron.train.loop import Trainer
     from shear_tron.train.plan import inputs, plan, precision
@@ -193,7 +206,6 @@ def _train(path: str, overrides: list[str]) -> None:
         if ranks.is_main:
             print(f"shear-tron train: {error}", file=sys.stderr)
         return 1
-    except ValueError as error:  # from here on any one rank may fail: each says so itself, with its traceback
     except ValueError as error:
         raise RuntimeError(f"training failed: {error}") from error
     else:

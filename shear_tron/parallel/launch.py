@@ -17,8 +17,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 SAVING = 600  # seconds that ranks told to end may take to write a checkpoint
 
 
-def launch(count: int, device: torch.device, function: Callable[..., None], *arguments: Any) -> None:
-    """Run ``function(*arguments)`` on ``count`` ranks, which find each other as under torchrun.
+def launch(count: int, device: torch.device, function: Callable[..., int], *arguments: Any) -> int:
+    """Run ``function(*arguments)`` on ``count`` ranks, which find each other as under torchrun. Returns the largest
+    status that a rank returns.
 
     Raises RuntimeError with the message of the rank that failed first, and ValueError where there are too few GPUs.
     """
@@ -42,7 +43,8 @@ def launch(count: int, device: torch.device, function: Callable[..., None], *arg
     # Ctrl-C reaches the ranks from the terminal; they decide what to do about it.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        elastic_launch(config, _rank)(count, function, arguments)
+        returned = elastic_launch(config, _rank)(count, function, arguments)
+        return max(int(status) for status in returned.values())
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message, trace = _told(failure)
@@ -53,9 +55,9 @@ def launch(count: int, device: torch.device, function: Callable[..., None], *arg
         signal.signal(signal.SIGINT, before)
 
 
-def _rank(count: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _rank(count: int, function: Callable[..., int], arguments: tuple[Any, ...]) -> int:
     torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // count)))
-    function(*arguments)
+    return function(*arguments)
 
 
 def _told(failure: ProcessFailure) -> tuple[str, str]:

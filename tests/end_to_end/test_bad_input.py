@@ -97,4 +97,4 @@ def test_empty_domain(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_extract_and_export_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("extract", "export"):
-        assert "has no checkpoint" in refused(capsys, verb, str(tmp_path), str(tmp_path / "out"))
+        assert "is no run folder" in refused(capsys, verb, str(tmp_path), str(tmp_path / "out"))

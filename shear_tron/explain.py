@@ -42,7 +42,8 @@ class Key:
 
 def keys(kind: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """The keys of a configuration in the order of their definition, those of sections after their section's."""
-    comments = _comments(kind)
+    lineage = [base for base in reversed(kind.__mro__) if issubclass(base, BaseModel) and base is not BaseModel]
+    comments = {name: text for base in lineage for name, text in _comments(base).items()}
     for name, field in kind.model_fields.items():
         section = _section(field.annotation)
         meaning = comments.get(name) or (_first_paragraph(section) if section else "")

@@ -21,12 +21,15 @@ class Inner(BaseModel):
     depth: float | None = Field(None, ge=0, lt=1)  # how deep
 
 
-class Outer(BaseModel):
-    """A file."""
-
+class Base(BaseModel):
     # said above,
     # on two lines
     size: int = 3
+
+
+class Outer(Base):
+    """A file."""
+
     bare: bool = True
     name: str  # beside
     inner: Inner = Inner()

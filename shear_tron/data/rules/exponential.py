@@ -15,8 +15,8 @@ class Exponential(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    step_size: float = Field(default=1.0, gt=0)
-    smoothing: float = Field(default=1e-4, ge=0, lt=1)
+    step_size: float = Field(default=1.0, gt=0)  # scales the exponent
+    smoothing: float = Field(default=1e-4, ge=0, lt=1)  # share spread evenly after an update
     # The most by which one update may change the ratio of two weights: exponents that would do more are all scaled
     # down alike, so the order of the domains stays. None: no bound, as in the paper, whose excess is tenths of a nat.
     max_ratio: float | None = Field(default=None, gt=1)

@@ -134,7 +134,8 @@ def _comments(kind: type[BaseModel]) -> dict[str, str]:
 
 
 def _first_paragraph(kind: type[BaseModel]) -> str:
-    return " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
+    text = inspect.cleandoc(kind.__doc__ or "")
+    return " ".join(text.split("\n\n")[0].split())
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -2,8 +2,12 @@
 PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
+.DEFAULT_GOAL := help
 
-.PHONY: demo test check bench gpu clean
+.PHONY: help demo test unit check bench gpu clean
+
+help: ## these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/ready ## the main job on a real model: prune, extract, continue, export, open in transformers
 	$(BIN)/python examples/smollm2/demo.py --processes $(PROCESSES) $(OVERRIDES)
@@ -11,7 +15,10 @@ demo: .venv/ready ## the main job on a real model: prune, extract, continue, exp
 test: .venv/ready check ## style, types and every test
 	$(BIN)/python -m pytest
 
-check: .venv/ready
+unit: .venv/ready ## the fast laws, in seconds
+	$(BIN)/python -m pytest -x -m 'not slow' tests/unit
+
+check: .venv/ready ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -31,5 +38,5 @@ gpu: ## with a GPU, and torch and triton in PYTHON: the kernels' laws on it, the
 		--editable '.[dev,examples]' torch triton
 	@touch $@
 
-clean:
+clean: ## remove .venv, runs and build products
 	rm -rf .venv runs build *.egg-info

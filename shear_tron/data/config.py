@@ -1,6 +1,6 @@
 """The ``data`` section of a run's configuration."""
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -13,7 +13,8 @@ class DataConfig(Section):
 
     folder: str  # made by `shear-tron prepare`
     sequence: PositiveInt  # tokens a training window predicts
-    weights: dict[str, float] | Literal["proportional"] = "proportional"  # starting mixture; normalised
+    # starting mixture, normalised: a weight a domain, "proportional" to their tokens, or a run folder: that run's final
+    weights: dict[str, float] | str = "proportional"
     # a loss a domain, a JSON or YAML file of them, or "source": measured from the model before the first step
     reference_losses: dict[str, float] | str | None = None
     update_every: int = Field(0, ge=0)  # steps between updates of the mixture; 0: constant

@@ -53,10 +53,15 @@ class Fields:
             if str(_dig(record, name)) != value:
                 return None
         text = _dig(record, self.text)
-        if text is _ABSENT or not isinstance(text, str | None):
+        if text is _ABSENT:
             known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise ValueError(
                 f"{place} has no text field {self.text!r}; its fields are {known}, set `text` to one of them"
+            )
+        if not isinstance(text, str | None):
+            raise ValueError(
+                f"{place}: field {self.text!r} holds {type(text).__name__}, not text; set `text` to a field of text, "
+                "or write the text out beforehand"
             )
         return text or ""
 

@@ -35,7 +35,7 @@ class Domain:
     licence: str = ""
     empty: int = 0  # documents without text, left out
     damaged: int = 0  # records that could not be read, left out
-    duplicates: int = 0  # documents left out because the same text came before
+    duplicates: int | None = None  # documents left out because the same text came before; None: nobody looked
 
     def tokens(self, split: Literal["train", "held_out"] = "train") -> int:
         return sum(shard.tokens for shard in getattr(self, split))

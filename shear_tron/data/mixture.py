@@ -1,51 +1,46 @@
-"""Domain weights that follow the loss (Sheared LLaMA, section 2.2 and Algorithm 1)."""
+"""Domain weights that follow the loss (Sheared LLaMA, section 2.2), by a rule, within bounds."""
 
 import math
 from collections.abc import Mapping, Sequence
 from logging import getLogger
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from shear_tron.data.dro import worst_case
-
-Weights = npt.NDArray[np.float64]
+from shear_tron.data.rules.algorithm1 import Algorithm1
+from shear_tron.data.rules.constant import Constant
+from shear_tron.data.rules.dro import Dro
+from shear_tron.data.rules.evidence import Evidence, Memory, Rule, Weights
+from shear_tron.data.rules.unclipped import Unclipped
 
 log = getLogger(__name__)
 
 
 class MixtureConfig(BaseModel):
-    """How the weights follow the losses.
+    """Which rule moves the weights, the rule's own section, and bounds that hold whatever it says.
 
-    ``algorithm1``: the paper's, ``w * exp(step_size * max(loss - reference, 0))``, normalised.
-    ``unclipped``: the authors' released code, the same without the maximum: a domain better than its reference shrinks.
-    ``constant``: the starting weights.
-    ``dro``: the worst case around the starting weights, of losses averaged over updates (shear_tron/data/dro.py);
-    ``step_size`` is how much of the way to it an update goes.
-
-    After an exponential update a share ``smoothing`` is spread evenly, as the released code does. Every update keeps
+    ``algorithm1``: the paper's. ``unclipped``: the authors' released code. ``constant``: the starting weights.
+    ``dro``: the worst case around the starting weights. Each is a page of shear_tron/data/rules. Every update keeps
     weights within [floor, ceiling] and within ``max_change`` of the last ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    update: Literal["algorithm1", "unclipped", "constant", "dro"] = "algorithm1"
-    step_size: float = Field(default=1.0, gt=0)
-    smoothing: float = Field(default=1e-4, ge=0, lt=1)
-    floor: float = Field(default=0.0, ge=0, lt=1)
-    ceiling: float = Field(default=1.0, gt=0, le=1)
-    max_change: float = Field(default=1.0, gt=0, le=1)
-    dro_radius: float = Field(default=0.05, gt=0)  # of the chi-square ball; the defaults are the released code's
-    dro_minimum: float = Field(default=0.2, gt=0, lt=1)  # least share of its starting weight a domain keeps
-    dro_memory: float = Field(default=0.9, ge=0, lt=1)  # of the moving average of losses
+    update: Literal["algorithm1", "unclipped", "constant", "dro"] = "algorithm1"  # the rule (docs/data.md)
+    algorithm1: Algorithm1 = Algorithm1()
+    unclipped: Unclipped = Unclipped()
+    constant: Constant = Constant()
+    dro: Dro = Dro()
+    floor: float = Field(default=0.0, ge=0, lt=1)  # least weight of a domain
+    ceiling: float = Field(default=1.0, gt=0, le=1)  # largest weight of a domain
+    max_change: float = Field(default=1.0, gt=0, le=1)  # of a weight in one update
 
-    @model_validator(mode="after")
-    def _steps(self) -> Self:
-        if self.update == "dro" and self.step_size > 1:
-            raise ValueError(f"step_size={self.step_size} goes past the worst case; with update=dro use at most 1")
-        return self
+    @property
+    def rule(self) -> Rule:
+        rule: Rule = getattr(self, self.update)
+        return rule
 
 
 class Mixture:
@@ -70,7 +65,7 @@ class Mixture:
             )
         self.start: Weights = start / start.sum()
         self.weights: Weights = self.start.copy()
-        self._average: dict[str, float] = {}  # moving average of each loss, for dro
+        self._memory: Memory = None  # the rule's
         if self.config.update != "constant":
             self._require_references(references)
             self._require_bounds()
@@ -115,29 +110,13 @@ class Mixture:
         if absent:
             log.warning("no finite held-out loss of %s; the mixture stays as it is", ", ".join(absent))
             return self.weights.copy()
-        moved = self._robust(losses) if self.config.update == "dro" else self._exponential(losses)
+        moved, self._memory = self.config.rule.update(self._evidence(losses), self._memory)
         self.weights = self._limit(moved)
         return self.weights.copy()
 
-    def _exponential(self, losses: Mapping[str, float]) -> Weights:
-        """Algorithm 1 of the paper, with the released code's smoothing."""
-        excess = np.array([losses[name] - self.references[name] for name in self.names])
-        if self.config.update == "algorithm1":
-            excess = np.maximum(excess, 0.0)
-        exponent = self.config.step_size * excess
-        raised: Weights = self.weights * np.exp(exponent - exponent.max())  # the maximum cancels, and keeps exp finite
-        smoothing = self.config.smoothing
-        smoothed: Weights = (1 - smoothing) * raised / raised.sum() + smoothing / len(self.names)
-        return smoothed
-
-    def _robust(self, losses: Mapping[str, float]) -> Weights:
-        for name in self.names:
-            before = self._average.get(name, losses[name])
-            self._average[name] = self.config.dro_memory * before + (1 - self.config.dro_memory) * losses[name]
-        excess = np.array([self._average[name] - self.references[name] for name in self.names])
-        worst = worst_case(excess, self.start, self.config.dro_radius, self.config.dro_minimum)
-        moved: Weights = self.weights + self.config.step_size * (worst - self.weights)
-        return moved
+    def _evidence(self, losses: Mapping[str, float]) -> Evidence:
+        found, references = (np.array([of[name] for name in self.names]) for of in (losses, self.references))
+        return Evidence(found, references, self.weights, self.start)
 
     def _limit(self, weights: Weights) -> Weights:
         """The distribution within the bounds that keeps the proportions of ``weights``: ``clip(scale * weights)``."""
@@ -157,11 +136,18 @@ class Mixture:
 
     def state(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""
-        return {"weights": dict(zip(self.names, self.weights.tolist(), strict=True)), "average": dict(self._average)}
+        numbers = {"weights": self.weights, "start": self.start, "memory": self._memory}
+        return {key: self._named(values) for key, values in numbers.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``. Raises ValueError when it is of other domains."""
         if set(state["weights"]) != set(self.names):
             raise ValueError(f"the saved mixture is of {', '.join(state['weights'])}, not of {', '.join(self.names)}")
-        self.weights = np.array([state["weights"][name] for name in self.names], dtype=np.float64)
-        self._average = {name: float(loss) for name, loss in state["average"].items()}
+        self.weights, self.start = (self._array(state[key]) for key in ("weights", "start"))
+        self._memory = self._array(state["memory"]) if state["memory"] else None
+
+    def _named(self, values: Memory) -> dict[str, float]:
+        return {} if values is None else dict(zip(self.names, values.tolist(), strict=True))
+
+    def _array(self, values: Mapping[str, float]) -> Weights:
+        return np.array([values[name] for name in self.names], dtype=np.float64)

@@ -31,11 +31,13 @@ from shear_tron.data.manifest import Domain, Manifest
 from shear_tron.data.shards import WORK, Encoding, Read, Receipt, Sign, Task, Tokenise
 from shear_tron.data.stats import stats
 from shear_tron.data.tasks import DomainSource, plan
-from shear_tron.data.tokenizer import Tokenizer
+from shear_tron.data.tokenizer import Tokenizer, load
 
 __all__ = ["DomainSource", "PrepareConfig", "prepare", "stats"]
 
 log = getLogger(__name__)
+
+SHORT = 512  # tokens; with fewer held out no usual window can be evaluated
 
 
 class PrepareConfig(BaseModel):
@@ -48,19 +50,17 @@ class PrepareConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    output: str
+    output: str  # folder for shards and domains.json
     tokenizer: str  # a tokenizer.json, a SentencePiece tokenizer.model, or a folder that holds one
-    domains: dict[str, DomainSource] = Field(min_length=1)
+    domains: dict[str, DomainSource] = Field(min_length=1)  # by name
     held_out: float = Field(default=0.01, ge=0, lt=1)  # share of documents, chosen by the hash of their text
-    bos: bool = False
-    separator: str | None = None
+    bos: bool = False  # whether every document opens with the tokenizer's bos
+    separator: str | None = None  # token that closes every document; default: the tokenizer's eos; "": none
     deduplicate: Literal["no", "domain", "all"] = "no"  # exact: equal texts within a domain, or anywhere, count once
     damaged: float = Field(default=0.001, ge=0, le=1)  # share of unreadable records beyond which preparing fails
-    workers: int = Field(default_factory=lambda: os.cpu_count() or 1, gt=0)
-    piece_bytes: int = Field(
-        default=64 * 2**20, gt=0
-    )  # plain jsonl files are cut into pieces of this size, one task each
-    executor: Literal["local", "slurm"] = "local"
+    workers: int = Field(default_factory=lambda: os.cpu_count() or 1, gt=0)  # processes; default: one per core
+    piece_bytes: int = Field(default=64 * 2**20, gt=0)  # plain jsonl files are cut into pieces of it, one task each
+    executor: Literal["local", "slurm"] = "local"  # where tasks run: here, or as a Slurm job array
     slurm: dict[str, Any] = {}  # partition, time, ... of datatrove's SlurmPipelineExecutor
 
     @field_validator("domains")
@@ -78,7 +78,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     Killed and started again, it goes on with the tasks that are missing; started again after it is done, it checks
     and returns. Raises ValueError for input that cannot be read, and for a domain that has no text.
     """
-    tokenizer = Tokenizer(config.tokenizer)
+    tokenizer = load(config.tokenizer)
     encoding = _encoding(config, tokenizer)
     settings = {"tokenizer": tokenizer.sha256, "bos": encoding.bos, "separator": encoding.separator}
     tasks = [
@@ -100,6 +100,17 @@ def prepare(config: PrepareConfig) -> Manifest:
         for left in (Path(config.output) / WORK).glob("*.*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
     return manifest
+
+
+def document(config: PrepareConfig) -> str:
+    """What a document becomes, in words: the separator that a tokenizer names is not always what its model knows."""
+    tokenizer = load(config.tokenizer)
+    encoding = _encoding(config, tokenizer)
+    parts = [f"{tokenizer.bos} ({encoding.bos})"] if config.bos else []
+    parts.append("ids")
+    if encoding.separator is not None:
+        parts.append(f"{config.separator or tokenizer.eos} ({encoding.separator})")
+    return "document = " + " + ".join(parts)
 
 
 def _encoding(config: PrepareConfig, tokenizer: Tokenizer) -> Encoding:
@@ -234,7 +245,9 @@ def _manifest(config: PrepareConfig, tokenizer: Tokenizer, encoding: Encoding, t
             held_out=tuple(receipt.held_out for receipt in done if receipt.held_out),
             source=source.path,
             licence=source.licence,
-            **{count: sum(getattr(receipt, count) for receipt in done) for count in ("empty", "damaged", "duplicates")},
+            empty=sum(receipt.empty for receipt in done),
+            damaged=sum(receipt.damaged for receipt in done),
+            duplicates=None if config.deduplicate == "no" else sum(receipt.duplicates for receipt in done),
         )
         domains[name] = domain
         _check(name, domain, config)
@@ -258,6 +271,11 @@ def _check(name: str, domain: Domain, config: PrepareConfig) -> None:
             f"domain {name!r}: {domain.damaged} records of {domain.source} cannot be read, more than damaged="
             f"{config.damaged} of them; repair the files or raise damaged"
         )
+    if not texts and domain.duplicates:
+        raise ValueError(
+            f"domain {name!r}: all its {domain.duplicates} documents are copies of earlier ones; leave it out, or use "
+            "deduplicate=domain to keep copies of other domains' documents"
+        )
     if not texts:
         raise ValueError(f"domain {name!r}: {domain.source} holds no text in field {config.domains[name].text!r}")
     if domain.damaged or domain.empty:
@@ -265,4 +283,11 @@ def _check(name: str, domain: Domain, config: PrepareConfig) -> None:
     if (config.domains[name].held_out or config.held_out) and not domain.held_out:
         log.warning(
             "domain %s: none of its %d documents is held out; raise held_out or cut long documents", name, texts
+        )
+    elif domain.held_out and domain.tokens("held_out") <= SHORT:
+        log.warning(
+            "domain %s: only %d tokens are held out, less than a window of %d; raise its held_out",
+            name,
+            domain.tokens("held_out"),
+            SHORT,
         )

@@ -102,13 +102,13 @@ class ReferenceConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     parameters: int | None = Field(default=None, gt=0)  # of the target, embeddings included
-    losses: str | None = None
-    models: list[str] = []
+    losses: str | None = None  # YAML file {parameters: {domain: loss}} of sizes measured elsewhere
+    models: list[str] = []  # Hugging Face folders to measure
     folder: str | None = None  # made by `shear-tron prepare` with the models' tokenizer
-    sequence: int = Field(default=2048, gt=0)
-    windows: int = Field(default=64, gt=0)  # held-out windows a domain
+    sequence: int = Field(default=2048, gt=0)  # tokens of a window
+    windows: int = Field(default=64, gt=0)  # held-out windows per domain
     batch: int = Field(default=4, gt=0)  # windows at a time
-    device: str = "auto"
+    device: str = "auto"  # auto: CUDA where there is one
     output: str | None = None  # YAML file for the result, to put under data.reference_losses
 
 
@@ -152,7 +152,13 @@ def _read(path: str) -> dict[float, dict[str, float]]:
 def measure(model: str, config: ReferenceConfig) -> tuple[int, dict[str, float]]:
     """(parameters, loss by domain) of a Hugging Face folder on held-out windows. Domains with none are left out."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise ValueError(
+            "measuring a model's losses needs transformers; pip install 'shear-tron[transformers]'"
+        ) from None
 
     manifest = Manifest.read(str(config.folder), tokenizer=model)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

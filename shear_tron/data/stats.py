@@ -26,7 +26,7 @@ def stats(folder: str, picture: str | None = None) -> str:
                 f"{domain.tokens('held_out'):,}",
                 f"{domain.empty:,}",
                 f"{domain.damaged:,}",
-                f"{domain.duplicates:,}",
+                "-" if domain.duplicates is None else f"{domain.duplicates:,}",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -36,6 +36,7 @@ def stats(folder: str, picture: str | None = None) -> str:
     ]
     if picture:
         _draw(manifest, lengths, picture)
+        lines.append(f"picture: {picture}")
     return "\n".join(lines)
 
 
@@ -49,7 +50,10 @@ def _lengths(manifest: Manifest, name: str) -> np.ndarray[tuple[int], np.dtype[n
 
 
 def _draw(manifest: Manifest, lengths: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]], picture: str) -> None:
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a picture needs matplotlib; pip install 'shear-tron[plots]'") from None
 
     figure = Figure(figsize=(10, 0.5 * len(lengths) + 2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -68,5 +72,5 @@ def _draw(manifest: Manifest, lengths: dict[str, np.ndarray[tuple[int], np.dtype
         [lengths[name] for name in names], orientation="horizontal", tick_labels=names, whis=(5, 95), showfliers=False
     )
     right.set_xscale("log")
-    right.set_xlabel("tokens a document (box: middle half, whiskers: 5 to 95 %)")
+    right.set_xlabel("tokens per document\nbox: middle half, whiskers: 5 to 95 %")
     figure.savefig(picture, dpi=120)

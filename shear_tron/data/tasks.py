@@ -23,13 +23,12 @@ class DomainSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str
-    format: Literal["auto", "jsonl", "parquet", "text", "datasets"] = "auto"
-    text: str = "text"
-    where: dict[str, str] = {}
-    limit: int | None = Field(
-        default=None, gt=0
-    )  # documents, counted before duplicates and held-out ones are taken out
+    path: str  # a file, a folder (read recursively) or a pattern; local or a URL of fsspec
+    format: Literal["auto", "jsonl", "parquet", "text", "datasets"] = "auto"  # auto: by the files' names
+    text: str = "text"  # the record's field that holds the text; dots reach into nested records
+    where: dict[str, str] = {}  # fields and values that a record must have to count
+    # at most so many documents, counted before duplicates and held-out ones are taken out
+    limit: int | None = Field(default=None, gt=0)
     cut: int | None = Field(default=None, gt=0)  # longer documents become several of at most this many characters
     held_out: float | None = Field(default=None, ge=0, lt=1)  # share for this domain; small domains need more
     licence: str = ""  # a note for the manifest

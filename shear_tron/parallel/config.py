@@ -10,12 +10,12 @@ from shear_tron.config import Section
 class ParallelConfig(Section):
     """How ranks share the work: world size = pp * dp * tp."""
 
-    tp: PositiveInt = 1
+    tp: PositiveInt = 1  # tensor-parallel ranks: heads, ffn columns and vocabulary are cut between them
     sequence: bool = True  # with tp > 1, cut activations between the tensor-parallel parts by tokens
-    pp: PositiveInt = 1
-    schedule: Literal["1f1b", "interleaved"] = "1f1b"
-    stages: PositiveInt | None = None  # pipeline stages a rank holds; default 1 for 1f1b, 2 for interleaved
-    dp: PositiveInt | None = None  # default: what is left of the world
+    pp: PositiveInt = 1  # pipeline-parallel ranks: layers are cut between them
+    schedule: Literal["1f1b", "interleaved"] = "1f1b"  # of the pipeline: one stage per rank, or several
+    stages: PositiveInt | None = None  # pipeline stages per rank; default 1 for 1f1b, 2 for interleaved
+    dp: PositiveInt | None = None  # data-parallel ranks; default: what is left of the world
     shard: PositiveInt | None = None  # data-parallel ranks that share one copy of the weights (FSDP); default dp
 
     @property

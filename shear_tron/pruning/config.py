@@ -9,11 +9,11 @@ from shear_tron.shape import Shape
 class TargetConfig(Section):
     """The shape to prune to. Sizes left out stay the source's. ``head_dim``, vocabulary and tying always stay."""
 
-    hidden: PositiveInt | None = None
-    layers: PositiveInt | None = None
-    heads: PositiveInt | None = None
-    kv_heads: PositiveInt | None = None
-    ffn: PositiveInt | None = None
+    hidden: PositiveInt | None = None  # width of the residual stream
+    layers: PositiveInt | None = None  # transformer layers
+    heads: PositiveInt | None = None  # query heads of a layer
+    kv_heads: PositiveInt | None = None  # key-value heads of a layer, whole groups
+    ffn: PositiveInt | None = None  # feed-forward (intermediate) width
 
     def shape(self, source: Shape) -> Shape:
         """The full target shape; ValueError where it cannot be cut out of ``source``."""

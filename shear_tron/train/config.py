@@ -13,14 +13,15 @@ from shear_tron.pruning.config import PruneConfig
 class TrainConfig(Section):
     """How long and in what portions. ``batch`` and ``micro_batch`` count sequences; a batch is all ranks' together."""
 
-    steps: PositiveInt
-    batch: PositiveInt
-    micro_batch: PositiveInt = 1
-    seed: int = Field(default=0, ge=0)
+    steps: PositiveInt  # updates of the weights
+    batch: PositiveInt  # sequences of a step, all ranks' together
+    micro_batch: PositiveInt = 1  # sequences that a rank runs at a time; the rest of its share is accumulated
+    seed: int = Field(default=0, ge=0)  # of masks and of the order of samples
+    # what backward computes again instead of keeping it: nothing, all but matrix products, or whole layers
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on CUDA, float32 on the CPU
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    log_every: PositiveInt = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    log_every: PositiveInt = 1  # steps between lines of metrics.jsonl
     # a step whose loss or gradient is not finite changes nothing; after so many of them in a row the run stops
     max_skipped: PositiveInt = 3
 
@@ -34,12 +35,12 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its rate: linear warm-up, then a cosine. The defaults are the paper's (section 3.1)."""
 
-    learning_rate: float = Field(default=1e-4, gt=0)
-    warmup_steps: int = Field(default=0, ge=0)
+    learning_rate: float = Field(default=1e-4, gt=0)  # the peak, after the warm-up
+    warmup_steps: int = Field(default=0, ge=0)  # the rate grows linearly over them
     min_learning_rate: float = Field(default=0.1, ge=0, le=1)  # as a share of learning_rate, at the end of the cosine
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)  # decoupled, on every weight
+    betas: tuple[float, float] = (0.9, 0.95)  # memory of the two moments
+    eps: float = Field(default=1e-8, gt=0)  # added to the root of the second moment
     clip: float = Field(default=1.0, gt=0)  # global gradient norm
 
 

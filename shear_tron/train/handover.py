@@ -25,7 +25,10 @@ AT_ONCE = 1024  # samples in memory
 
 def require_samples(run: RunFolder, architecture: Architecture, form: Form, samples: int) -> None:
     """Raise ValueError where nanotron would not read the samples, or would read them as something else."""
-    from transformers import AutoTokenizer
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ValueError("handing samples over needs transformers; pip install 'shear-tron[transformers]'") from None
 
     if form.format != "nanotron" or form.flavour != "main":
         raise ValueError(f"samples={samples}: only nanotron's main branch reads token shards; use --to nanotron")

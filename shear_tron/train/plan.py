@@ -80,10 +80,11 @@ def inputs(plan: Plan) -> Inputs:
     config, shape = plan.config, plan.architecture.shape
     weights = Weights.open(config.model, plan.architecture)
     manifest = Manifest.read(config.data.folder, tokenizer=config.model, vocab=shape.vocab)
-    given = config.data.weights
-    names = tuple(manifest.domains) if given == "proportional" else tuple(given)
+    mixture = _mixture(config.data.weights, manifest)
+    names, proportions = tuple(mixture), tuple(mixture.values())
     manifest.require(names)
-    proportions = tuple(float(manifest.domain(n).tokens() if given == "proportional" else given[n]) for n in names)
+    for name in names:
+        _require_held_out(manifest, name, config.data.sequence)
     references = _references(config.data.reference_losses)
     if references is not None:
         Mixture(names, proportions, references, config.data.mixture)
@@ -91,6 +92,35 @@ def inputs(plan: Plan) -> Inputs:
     if checkpoint is not None:
         sharded.progress(checkpoint)  # it is whole
     return Inputs(weights, manifest, names, proportions, references)
+
+
+def _mixture(given: dict[str, float] | str, manifest: Manifest) -> dict[str, float]:
+    """Starting weights by domain."""
+    if not isinstance(given, str):
+        return given
+    if given == "proportional":
+        return {name: float(manifest.domain(name).tokens()) for name in manifest.domains}
+    run, options = Path(given), "give the folder of a finished run, a weight for each domain, or `proportional`"
+    checkpoint = sharded.latest(run)
+    if checkpoint is None or not (run / CONFIG).exists():
+        state = "holds no run with a checkpoint" if run.is_dir() else "is not a folder"
+        raise ConfigError(f"data.weights={given} {state}; {options}")
+    saved, steps = sharded.progress(checkpoint), yaml.safe_load((run / CONFIG).read_text())["train"]["steps"]
+    if saved["step"] < steps:
+        raise ConfigError(
+            f"data.weights={given} is a run that stopped at step {saved['step']} of {steps}, its mixture is not final; "
+            f"finish it, or {options}"
+        )
+    return dict(saved["mixture"]["weights"])
+
+
+def _require_held_out(manifest: Manifest, name: str, sequence: int) -> None:
+    tokens = manifest.domain(name).tokens("held_out")
+    if tokens <= sequence:
+        raise ConfigError(
+            f"domain {name!r} of {manifest.folder} has {tokens} held-out tokens, less than one window of data.sequence="
+            f"{sequence} plus 1; prepare it with a larger held_out, use a shorter sequence, or leave the domain out"
+        )
 
 
 def _references(given: dict[str, float] | str | None) -> dict[str, float] | None:

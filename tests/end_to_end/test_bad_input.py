@@ -32,6 +32,7 @@ OVERRIDES = {
     "layers do not split over pp": (["parallel.pp=3"], "layers=4 does not split over pp * stages=3"),
     "world size": (["parallel.dp=4"], "world size 1 does not match parallel: pp=1 x dp=4 x tp=1; start 4 processes"),
     "unknown domain": (["data.weights={colours: 1, treees: 1}"], "domain 'treees' is not in"),
+    "weights of no run": (["data.weights=nowhere"], "data.weights=nowhere is not a folder; give the folder of"),
     "sequence too long": (["data.sequence=65"], "data.sequence=65 is longer than the model's context=64"),
     "misspelt key": (["train.step=3"], "unknown key 'train.step'; did you mean 'steps'?"),
     "misspelt section": (["parallell.tp=2"], "unknown key 'parallell'; did you mean 'parallel'?"),
@@ -96,4 +97,4 @@ def test_empty_domain(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_extract_and_export_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("extract", "export"):
-        assert "has no checkpoint" in refused(capsys, verb, str(tmp_path), str(tmp_path / "out"))
+        assert "is no run folder" in refused(capsys, verb, str(tmp_path), str(tmp_path / "out"))

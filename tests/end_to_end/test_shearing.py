@@ -77,6 +77,26 @@ def test_a_model_is_pruned_extracted_continued_and_exported(pruned: Path, world:
         assert loss == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_continued_training_starts_from_the_final_mixture_of_the_pruning_run(
+    pruned: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in the paper (section 2.2). A run that has not ended, or has no checkpoint, has no final mixture."""
+    checkpoint = sharded.latest(pruned)
+    assert checkpoint is not None
+    final = sharded.progress(checkpoint)["mixture"]["weights"]
+    assert final != pytest.approx(dict.fromkeys(final, 1 / 3), abs=1e-3)  # it moved, or this would show nothing
+    continued = [f"run={tmp_path}/continued", "prune=null", "train.steps=1"]
+    train(world / "prune.yaml", *continued, f"data.weights={pruned}")
+    assert metrics.read(tmp_path / "continued")[0]["weights"] == pytest.approx(final, rel=1e-12)
+
+    shutil.copytree(pruned, tmp_path / "stopped", ignore=shutil.ignore_patterns(checkpoint.name))
+    (tmp_path / "empty").mkdir()
+    for folder, message in (("stopped", "stopped at step 10 of 14"), ("empty", "holds no run with a checkpoint")):
+        weights = [f"run={tmp_path}/other", f"data.weights={tmp_path}/{folder}"]
+        assert cli.main(["train", str(world / "prune.yaml"), *weights]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_extracting_changes_nothing(pruned: Path, world: Path, tmp_path: Path) -> None:
     """The dense model's held-out loss is the masked model's, as the pruning run measured it."""
     assert cli.main(["extract", str(pruned), str(tmp_path / "small")]) == 0

@@ -1,7 +1,11 @@
 """Verbs that need no model of ours."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,6 +28,7 @@ def test_reference_loss_predicts_what_the_authors_published(tmp_path: Path, caps
     assert predicted["c4"] == pytest.approx(2.3139, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_bench_without_a_gpu_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     import torch
 
@@ -31,6 +36,64 @@ def test_bench_without_a_gpu_says_so(capfd: pytest.CaptureFixture[str]) -> None:
         pytest.skip("there is a GPU to measure")
     assert cli.main(["bench", "--op", "swiglu", "--model", "1.3B"]) == 0
     assert "No CUDA device" in capfd.readouterr().out
+
+
+def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **options)
+
+
+def test_help_fits_a_screen_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 32
+    assert max(map(len, lines)) <= 80
+    assert any("shear-tron train prune.yaml --nproc 2" in line for line in lines)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert re.fullmatch(r"shear-tron \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["config", "train.steps"], ["config", "prune"]], ids=" ".join)
+def test_questions_about_usage_need_no_torch(arguments: list[str]) -> None:
+    code = f"import sys; sys.modules['torch'] = None; from shear_tron import cli; cli.main({arguments})"
+    assert python("-c", code).stderr == ""
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -m shear_tron config | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_an_unforeseen_error_is_one_line_and_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(arguments: object) -> None:
+        raise KeyError("spanner")
+
+    monkeypatch.setattr(cli, "stats", broken)
+    assert cli.main(["stats", "nowhere"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    found = re.fullmatch(r"shear-tron stats: 'spanner' \(KeyError\); (\S+) says where, as does --debug", line)
+    assert found
+    trace = Path(found[1])
+    assert "in broken" in trace.read_text()
+    trace.unlink()
+    with pytest.raises(KeyError):
+        cli.main(["stats", "nowhere", "--debug"])
+
+
+def test_bad_input_is_one_line_unless_debug(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["stats", "nowhere"]) == 2
+    assert capsys.readouterr().err == (
+        "shear-tron stats: data folder nowhere holds no domains.json; make it with `shear-tron prepare`\n"
+    )
+    with pytest.raises(ValueError, match="nowhere"):
+        cli.main(["stats", "nowhere", "--debug"])
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -215,6 +215,7 @@ def test_state_round_trip_and_refusal() -> None:
         other.load_state_dict({"ffn": torch.zeros(2)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_training_reaches_the_target_and_keeps_the_important_units(seed: int) -> None:
     """No model: closing a unit costs its importance. The paper's schedule (640 of 3200 steps), four times as fast."""

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shear_tron.data.dro import worst_case
 from shear_tron.data.mixture import Mixture, MixtureConfig
+from shear_tron.data.rules.dro import worst_case
 
 NAMES = ["cc", "github", "book", "wiki"]
 START = np.array([0.67, 0.045, 0.045, 0.24])
@@ -23,8 +23,10 @@ losses = st.lists(st.floats(0.01, 12), min_size=4, max_size=4).map(lambda values
 starts = st.lists(st.floats(0.01, 1), min_size=4, max_size=4).map(lambda values: np.array(values) / sum(values))
 
 
-def mixture(start: Any = START, **config: Any) -> Mixture:
-    return Mixture(NAMES, start, REFERENCES, MixtureConfig(**config))
+def mixture(start: Any = START, update: str = "algorithm1", **config: Any) -> Mixture:
+    """Under ``update``; of ``config``, what is no bound is the rule's own."""
+    bounds = {key: config.pop(key) for key in ("floor", "ceiling", "max_change") if key in config}
+    return Mixture(NAMES, start, REFERENCES, MixtureConfig(update=update, **bounds, **{update: config}))
 
 
 def excess(*values: float) -> dict[str, float]:
@@ -64,6 +66,49 @@ def test_constant_stays_and_needs_no_references() -> None:
     constant = Mixture(NAMES, START, {}, MixtureConfig(update="constant"))
     for _ in range(3):
         np.testing.assert_array_equal(constant.update(excess(3, 0, -1, 0)), START)
+
+
+# A bounded step
+
+
+@pytest.mark.parametrize("update", ["algorithm1", "unclipped"])
+def test_a_bounded_step_changes_no_ratio_by_more_and_keeps_the_order(update: str) -> None:
+    """With losses of several nats one free update leaves one domain, a bounded one moves towards it."""
+    far = excess(6.0, 4.0, 5.0, 2.0)
+    free, bounded = mixture(update=update, smoothing=0), mixture(update=update, smoothing=0, max_ratio=1.5)
+    assert free.update(far)[0] > 0.95
+    change = bounded.update(far) / START
+    assert change.max() / change.min() == pytest.approx(1.5)
+    assert np.argsort(change).tolist() == [3, 1, 2, 0]
+    for _ in range(3):
+        bounded.update(far)
+    assert bounded.weights.max() < 0.9
+
+
+@given(history=st.lists(losses, min_size=1, max_size=4), update=st.sampled_from(["algorithm1", "unclipped"]))
+@settings(deadline=None)
+def test_a_bound_that_is_not_reached_changes_no_bit(history: list[dict[str, float]], update: str) -> None:
+    free, bounded = mixture(update=update), mixture(update=update, max_ratio=1e9)
+    for each in history:
+        np.testing.assert_array_equal(free.update(each), bounded.update(each))
+
+
+def test_an_unbounded_step_of_several_nats_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        mixture().update(excess(0.5, 0.1, 0, 0))
+        assert not caplog.text
+        mixture().update(excess(3.0, 0.5, 1.0, 0))
+    assert "excess losses are up to 3.0 nats apart" in caplog.text
+    assert "set max_ratio" in caplog.text
+
+
+def test_a_restored_mixture_keeps_its_own_start() -> None:
+    """Where the starting weights came from may have changed since."""
+    first = mixture(update="dro")
+    first.update(excess(0.3, 0, 0.2, 0))
+    second = mixture(start=[0.25] * 4, update="dro")
+    second.restore(json.loads(json.dumps(first.state())))
+    np.testing.assert_array_equal(first.update(excess(0.1, 0.2, 0, 0)), second.update(excess(0.1, 0.2, 0, 0)))
 
 
 # DRO
@@ -108,7 +153,7 @@ def test_worst_case_ignores_a_shift_of_all(gap: list[float], shift: float) -> No
 
 
 def test_dro_remembers_losses_and_goes_part_of_the_way() -> None:
-    robust = mixture(update="dro", dro_memory=0.5, step_size=0.25)
+    robust = mixture(update="dro", decay=0.5, step_size=0.25)
     first = robust.update(excess(0.1, 0.4, 0, 0))
     target = worst_case(np.array([0.1, 0.4, 0.0, 0.0]), START, 0.05, 0.2)
     np.testing.assert_allclose(first, START + 0.25 * (target - START), rtol=1e-9)
@@ -156,7 +201,8 @@ def test_floor_ceiling_and_largest_change_hold(
 @given(start=starts, common=st.floats(-2, 5), update=st.sampled_from(UPDATES))
 @settings(deadline=None)
 def test_equal_excess_leaves_proportions(start: Any, common: float, update: str) -> None:
-    new = mixture(start, update=update, smoothing=0).update(excess(*[common] * 4))
+    smoothing = {} if update == "dro" else {"smoothing": 0}
+    new = mixture(start, update=update, **smoothing).update(excess(*[common] * 4))
     np.testing.assert_allclose(new, start, atol=1e-6)
 
 
@@ -234,15 +280,17 @@ def test_bad_mixtures_are_refused(arguments: dict[str, Any], message: str) -> No
 
 def test_bad_configs_and_losses_are_refused() -> None:
     for values in (
-        {"step_size": 0},
+        {"algorithm1": {"step_size": 0}},
+        {"algorithm1": {"max_ratio": 1}},
         {"floor": -1},
         {"update": "doremi"},
         {"flor": 0.1},
-        {"update": "dro", "step_size": 2},
+        {"dro": {"step_size": 2}},
+        {"constant": {"step_size": 1}},
     ):
         with pytest.raises(ValidationError):
             MixtureConfig(**values)
     with pytest.raises(ValueError, match="loss of unknown domain 'arxiv'"):
         mixture().update({"arxiv": 1.0})
     with pytest.raises(ValueError, match="saved mixture is of a, not of cc"):
-        mixture().restore({"weights": {"a": 1.0}, "average": {}})
+        mixture().restore({"weights": {"a": 1.0}, "start": {"a": 1.0}, "memory": {}})

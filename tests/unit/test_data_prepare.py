@@ -23,10 +23,11 @@ from pydantic import ValidationError
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
+from shear_tron.config import load
 from shear_tron.data.documents import cut, fingerprint, is_held_out
 from shear_tron.data.duplicates import firsts
 from shear_tron.data.manifest import Manifest
-from shear_tron.data.prepare import DomainSource, PrepareConfig, prepare, stats
+from shear_tron.data.prepare import DomainSource, PrepareConfig, document, prepare, stats
 
 SEPARATOR = "<|endoftext|>"
 WORDS = ["shear", "the", "wool", "gently", "from", "a", "sheep", "and", "spin", "it", "into", "yarn", "while"]
@@ -155,6 +156,7 @@ def test_special_tokens_spelt_in_a_text_are_text(tmp_path: Path, tokenizer: str)
     assert 0 not in body
 
 
+@pytest.mark.slow
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     library = Library(
         models.WordLevel({f"w{i}": i for i in range(70000)} | {"<unk>": 70000, "</s>": 70001}, unk_token="<unk>")
@@ -211,10 +213,16 @@ def test_duplicates(tmp_path: Path, tokenizer: str, mode: str, web: int, code: i
     manifest = prepare(config(tmp_path, tokenizer, domains, held_out=0.0, deduplicate=mode))
     assert manifest.domains["web"].documents() == web
     assert manifest.domains["code"].documents() == code
-    assert manifest.domains["web"].duplicates == 30 - web
+    assert manifest.domains["web"].duplicates == (None if mode == "no" else 30 - web)
     if mode == "all":
         assert decoded(manifest, "web", "train") == TEXTS[:20]  # the first of equal texts stays, in order
         assert decoded(manifest, "code", "train") == TEXTS[20:30]
+
+
+def test_a_domain_of_copies_is_told_from_one_without_text(tmp_path: Path, tokenizer: str) -> None:
+    domains = {name: write_jsonl(tmp_path / f"{name}.jsonl", TEXTS[:20]) for name in ("web", "copy")}
+    with pytest.raises(ValueError, match="domain 'copy': all its 20 documents are copies of earlier ones; leave it"):
+        prepare(config(tmp_path, tokenizer, domains, deduplicate="all"))
 
 
 def test_the_first_of_equal_fingerprints_stays() -> None:
@@ -229,6 +237,34 @@ def test_duplicates_with_a_file_added_in_front(tmp_path: Path, tokenizer: str) -
     write_jsonl(tmp_path / "web" / "1.jsonl", TEXTS[10:30])
     manifest = prepare(config(tmp_path, tokenizer, {"web": tmp_path / "web"}, **settings))
     assert sorted(decoded(manifest, "web", "train")) == sorted(TEXTS[:30])
+
+
+# What the command says
+
+
+def test_what_a_document_becomes_is_said(tmp_path: Path, tokenizer: str) -> None:
+    given = config(tmp_path, tokenizer, {"web": tmp_path}, separator=None)  # the tokenizer's eos
+    assert document(given) == "document = ids + <|im_end|> (2)"
+    assert document(given.model_copy(update={"bos": True, "separator": ""})) == "document = <|im_start|> (1) + ids"
+
+
+def test_no_is_a_word(tmp_path: Path, tokenizer: str) -> None:
+    file = tmp_path / "prepare.yaml"
+    file.write_text(f"output: a\ntokenizer: {tokenizer}\ndeduplicate: no\nbos: true\ndomains: {{yes: {{path: b}}}}\n")
+    loaded = load(PrepareConfig, file, ["deduplicate=no"])
+    assert (loaded.deduplicate, loaded.bos, list(loaded.domains)) == ("no", True, ["yes"])
+
+
+def test_few_held_out_tokens_are_a_warning(tmp_path: Path, tokenizer: str, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(config(tmp_path, tokenizer, {"web": write_jsonl(tmp_path / "a.jsonl", TEXTS[:40])}, held_out=0.1))
+    assert "tokens are held out, less than a window of 512" in caplog.text
+
+
+def test_a_field_that_is_no_text_says_what_it_is(tmp_path: Path, tokenizer: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user"}]}\n')
+    chat = {"path": str(tmp_path / "a.jsonl"), "text": "messages"}
+    with pytest.raises(ValueError, match="field 'messages' holds list, not text"):
+        prepare(config(tmp_path, tokenizer, {"chat": chat}))
 
 
 # Formats and layouts
@@ -312,6 +348,7 @@ def plain_text(folder: Path) -> DomainSource:
     return DomainSource(path=str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [redpajama, slimpajama, dolma, fineweb, saved_dataset, plain_text])
 def test_layouts(tmp_path: Path, tokenizer: str, layout: Any) -> None:
     source = layout(tmp_path / "corpus")
@@ -319,6 +356,7 @@ def test_layouts(tmp_path: Path, tokenizer: str, layout: Any) -> None:
     assert sorted(decoded(manifest, "web", "train")) == sorted(TEXTS[:40])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece_bytes", [20, 97, 1000, 10**9, "line", "line and its end"])
 @pytest.mark.parametrize("ending", ["\n", "", "\n\n"])
 def test_pieces_of_a_file_hold_every_line_once(
@@ -435,6 +473,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_any_time_and_started_again_gives_the_same_bytes(
     tmp_path: Path, tokenizer: str, workers: int
@@ -469,6 +508,7 @@ def test_killed_at_any_time_and_started_again_gives_the_same_bytes(
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_workers_in_processes_give_the_same_bytes(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     alone = config(tmp_path, tokenizer, {"web": tmp_path / "a.jsonl"}, piece_bytes=9000, deduplicate="all")
@@ -515,7 +555,7 @@ def test_damaged_records_are_counted_and_beyond_a_share_refused(tmp_path: Path, 
         (b'{"text": ""}\n', {}, r"domain 'web': .* holds no text"),
         (b'{"content": "a", "id": 3}\n', {}, r"has no text field 'text'; its fields are content, id"),
         (b'{"text": "a", "id": 3}\n', {"text": "meta.text"}, r"has no text field 'meta.text'"),
-        (b'{"text": 5}\n', {}, r"has no text field 'text'"),
+        (b'{"text": 5}\n', {}, r"field 'text' holds int, not text"),
         (b"[1, 2]\n", {}, r"has no text field 'text'; its fields are list"),
         (b'{"text": "a"}\n', {"where": {"source": "c4"}}, r"holds no text"),
     ],
@@ -559,6 +599,7 @@ def test_parquet_without_the_field_names_its_columns(tmp_path: Path, tokenizer: 
         prepare(config(tmp_path, tokenizer, {"web": tmp_path / "a.parquet"}))
 
 
+@pytest.mark.slow
 def test_errors_of_worker_processes_stay_one_clear_line(tmp_path: Path, tokenizer: str) -> None:
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text('{"body": "x"}\n')

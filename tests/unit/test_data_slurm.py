@@ -60,6 +60,7 @@ def settings(tmp_path: Path, tokenizer: str, output: str, executor: str) -> Prep
     )
 
 
+@pytest.mark.slow
 def test_a_cluster_makes_the_same_bytes(tmp_path: Path, tokenizer: str, cluster: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     local, remote = (prepare(settings(tmp_path, tokenizer, name, name)) for name in ("local", "slurm"))
@@ -67,6 +68,7 @@ def test_a_cluster_makes_the_same_bytes(tmp_path: Path, tokenizer: str, cluster:
     assert everything(local.folder) == everything(remote.folder)
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_told_and_can_be_gone_on_with(tmp_path: Path, tokenizer: str, cluster: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (cluster / "fail").touch()

@@ -18,7 +18,8 @@ ARROWS = {
     "parallel": {*NOUNS, "model", "config"},
     "checkpoint": {*NOUNS, "parallel"},  # parallel.agree, no more
     "train": {*NOUNS, "config", "data", "pruning", "model", "parallel", "checkpoint"},
-    "cli": {"config", "data", "parallel", "train", "checkpoint"},
+    "explain": {"config"},
+    "cli": {"config", "explain", "data", "parallel", "train", "checkpoint"},
     "__main__": {"cli"},
 }
 DISTRIBUTED = {"parallel", "checkpoint"}

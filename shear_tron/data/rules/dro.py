@@ -6,11 +6,32 @@ prior is at most ``radius``, where no domain falls below ``minimum`` times its p
 """
 
 import numpy as np
-import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
 
-Weights = npt.NDArray[np.float64]
+from shear_tron.data.rules.evidence import Evidence, Memory, Weights
 
 ALIKE = 1e-9  # nats: differences below are rounding
+
+
+class Dro(BaseModel):
+    """Towards the worst case around the starting weights, for moving averages of the losses, which are its memory.
+
+    The defaults of ``radius``, ``minimum`` and ``decay`` are the released code's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step_size: float = Field(default=1.0, gt=0, le=1)  # how much of the way to the worst case an update goes
+    radius: float = Field(default=0.05, gt=0)  # of the chi-square ball
+    minimum: float = Field(default=0.2, gt=0, lt=1)  # least share of its starting weight a domain keeps
+    decay: float = Field(default=0.9, ge=0, lt=1)  # of the moving average of losses
+
+    def update(self, evidence: Evidence, memory: Memory) -> tuple[Weights, Memory]:
+        before = evidence.losses if memory is None else memory
+        average: Weights = self.decay * before + (1 - self.decay) * evidence.losses
+        worst = worst_case(average - evidence.references, evidence.start, self.radius, self.minimum)
+        moved: Weights = evidence.weights + self.step_size * (worst - evidence.weights)
+        return moved, average
 
 
 def worst_case(excess: Weights, prior: Weights, radius: float, minimum: float) -> Weights:

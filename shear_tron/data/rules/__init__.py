@@ -1,0 +1,1 @@
+"""Rules by which domain weights follow losses, one a page: ``rule.update(evidence, memory) -> (weights, memory)``."""

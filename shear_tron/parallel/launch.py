@@ -1,0 +1,69 @@
+"""Start ranks on this machine and say once what went wrong: torch's elastic agent, without torchrun's commentary.
+
+Several machines, a rendezvous, restarts: that is torchrun's job, and ``shear-tron train`` runs under it as it is.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+SAVING = 600  # seconds that ranks told to end may take to write a checkpoint
+
+
+def launch(count: int, device: torch.device, function: Callable[..., int], *arguments: Any) -> int:
+    """Run ``function(*arguments)`` on ``count`` ranks, which find each other as under torchrun. Returns the largest
+    status that a rank returns.
+
+    Raises RuntimeError with the message of the rank that failed first, and ValueError where there are too few GPUs.
+    """
+    if device.type == "cuda" and count > torch.cuda.device_count():
+        raise ValueError(f"--nproc={count} ranks want a GPU each, and there are {torch.cuda.device_count()}; use fewer")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    settings: dict[str, Any] = {"shutdown_timeout": SAVING}
+    known = {field.name for field in fields(LaunchConfig)}  # torch 2.11 had no such setting
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"shear-tron-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        signals_to_handle="SIGTERM,SIGHUP",
+        **{key: value for key, value in settings.items() if key in known},
+    )
+    # Ctrl-C reaches the ranks from the terminal; they decide what to do about it.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        returned = elastic_launch(config, _rank)(count, function, arguments)
+        return max(int(status) for status in returned.values())
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        message, trace = _told(failure)
+        failed = RuntimeError(f"rank {rank} failed: {message}")
+        failed.add_note(trace)
+        raise failed from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _rank(count: int, function: Callable[..., int], arguments: tuple[Any, ...]) -> int:
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // count)))
+    return function(*arguments)
+
+
+def _told(failure: ProcessFailure) -> tuple[str, str]:
+    """What a rank said of its failure, and where in its code it was."""
+    told = failure.error_file_data.get("message", {})
+    if not isinstance(told, dict):
+        return str(told), ""
+    trace = told.get("extraInfo", {}).get("py_callstack", "")
+    return str(told.get("message") or f"exit status {failure.exitcode}"), trace

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.families import FAMILIES
 from shear_tron.checkpoint.huggingface import Weights, architecture_config, read_architecture, write
+from shear_tron.checkpoint.nanotron_config import require
 from shear_tron.model.context import Context
 from shear_tron.model.transformer import Transformer
 from shear_tron.params import params
@@ -121,6 +123,18 @@ def test_our_models_have_their_logits_in_transformers(name: str, tmp_path: Path)
     tokens = tokens_of(model.architecture)
     with torch.no_grad(), InFloat64():
         assert deviation(theirs(tokens).logits, model(tokens)) < CLOSE[torch.float64]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_nanotron_is_given_no_fact_that_it_would_ignore(name: str) -> None:
+    """In a shape that it takes, plain LLaMA is all that it can go on with."""
+    facts = ARCHITECTURES[name]
+    facts = replace(facts, shape=replace(facts.shape, hidden=facts.shape.heads * facts.shape.head_dim))
+    if facts == Architecture(facts.shape):
+        require(facts, "main")
+    else:
+        with pytest.raises(ValueError, match="nanotron"):
+            require(facts, "main")
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2"])

@@ -37,7 +37,7 @@ ARCHITECTURES = {
     "qwen3": Architecture(replace(GROUPED, hidden=20), family="qwen3", qk_norm=True),
     "smollm3": Architecture(replace(GROUPED, tied=True), family="smollm3", unturned_layers=frozenset({1, 3})),
     "gpt_neox": NEOX,
-    "gpt_neox, sequential": replace(NEOX, parallel_residual=False),
+    "gpt_neox, sequential, tied": replace(NEOX, shape=replace(WIDE, tied=True), parallel_residual=False),
 }
 
 

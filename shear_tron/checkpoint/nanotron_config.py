@@ -1,6 +1,7 @@
 """Configurations of nanotron: a model's, a checkpoint's progress, and the YAML of a training that goes on."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,13 @@ def require(architecture: Architecture, flavour: Flavour, tp: int = 1) -> None:
             f"hidden={shape.hidden} is not heads={shape.heads} times head_dim={shape.head_dim}, which nanotron takes "
             f"for granted; shear to hidden={shape.heads * shape.head_dim}"
         )
+    llama = Architecture(shape, rope, architecture.norm_eps, architecture.context, architecture.family)
+    for fact in fields(architecture):
+        value = getattr(architecture, fact.name)
+        if value != getattr(llama, fact.name):
+            raise ValueError(f"{fact.name}={value!r}: nanotron has no such model; go on in another trainer")
+    if rope.share != 1.0:
+        raise ValueError(f"rope share={rope.share:g}: nanotron turns whole heads; go on in another trainer")
     if rope.factor != 1.0:
         raise ValueError(f"rope factor={rope.factor:g}: nanotron ignores rope_scaling; go on in another trainer")
     if flavour == "0.4" and rope.theta != ONLY_BASE:

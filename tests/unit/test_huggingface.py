@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, random_weights
+from models import ARCHITECTURES, random_model, weights_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -18,12 +18,12 @@ from shear_tron.checkpoint.families import FAMILIES
 from shear_tron.checkpoint.huggingface import Weights, architecture_config, read_architecture, write
 from shear_tron.params import params
 
-GROUPED, TIED, NEOX = (ARCHITECTURES[name] for name in ("llama-gqa", "llama-tied", "gpt_neox"))
+GROUPED, TIED, NEOX = (ARCHITECTURES[name] for name in ("llama, grouped", "llama, tied", "gpt_neox"))
 Saved = tuple[Path, Architecture, dict[str, torch.Tensor]]
 
 
 def random_tensors(architecture: Architecture) -> dict[str, torch.Tensor]:
-    return random_weights(architecture, torch.float32)
+    return weights_of(random_model(architecture).float())
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def saved(tmp_path: Path) -> Saved:
     return tmp_path / "model", GROUPED, tensors
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama, grouped", "gpt_neox"])
 def test_reading_a_slice_is_slicing_what_was_read(name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
     tensors = random_tensors(architecture)
@@ -84,7 +84,7 @@ def test_each_file_is_at_most_a_shard_long_and_the_index_says_where_all_is(tmp_p
     assert sum(lengths) == index["metadata"]["total_size"]
 
 
-@pytest.mark.parametrize(("name", "most"), [("llama-gqa", 1), ("gpt_neox", 6)])  # q, k, v and their biases
+@pytest.mark.parametrize(("name", "most"), [("llama, grouped", 1), ("gpt_neox", 6)])  # q, k, v and their biases
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_one_tensor_is_in_memory_at_a_time(dtype: torch.dtype | None, name: str, most: int, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
@@ -203,17 +203,22 @@ QKV0 = "gpt_neox.layers.0.attention.query_key_value.weight"
 @pytest.mark.parametrize(
     ("name", "hf", "tensor", "match"),
     [
-        ("llama-gqa", Q0, None, f"lacks {Q0}"),
-        ("llama-gqa", "lm_head.weight", None, r"lacks lm_head\.weight"),
-        ("llama-gqa", "model.layers.4.mlp.up_proj.weight", torch.ones(20, 24), r"holds model\.layers\.4\.mlp"),
-        ("llama-gqa", "model.layers.0.self_attn.q_proj.bias", torch.ones(48), "q_proj.bias, which this model lacks"),
-        ("llama-gqa", Q0, torch.ones(24, 48), r"size \[24, 48\], config\.json asks for \[48, 24\]"),
-        ("llama-gqa", NORM, torch.ones(24, dtype=torch.int8), "is I8; use weights in F64"),
-        ("llama-tied", "lm_head.weight", torch.ones(40, 24), "differs from the embedding"),
-        ("llama-tied", "lm_head.weight", torch.ones(4, 24), "differs from the embedding"),
+        ("llama, grouped", Q0, None, f"lacks {Q0}"),
+        ("llama, grouped", "lm_head.weight", None, r"lacks lm_head\.weight"),
+        ("llama, grouped", "model.layers.4.mlp.up_proj.weight", torch.ones(20, 24), r"holds model\.layers\.4\.mlp"),
+        (
+            "llama, grouped",
+            "model.layers.0.self_attn.q_proj.bias",
+            torch.ones(48),
+            "q_proj.bias, which this model lacks",
+        ),
+        ("llama, grouped", Q0, torch.ones(24, 48), r"size \[24, 48\], config\.json asks for \[48, 24\]"),
+        ("llama, grouped", NORM, torch.ones(24, dtype=torch.int8), "is I8; use weights in F64"),
+        ("llama, tied", "lm_head.weight", torch.ones(40, 24), "differs from the embedding"),
+        ("llama, tied", "lm_head.weight", torch.ones(4, 24), "differs from the embedding"),
         ("gpt_neox", QKV0, None, f"lacks {QKV0}"),
         ("gpt_neox", QKV0, torch.ones(95, 32), r"size \[95, 32\], config\.json asks for \[96, 32\]"),
-        ("gpt_neox-sequential", "embed_out.weight", torch.ones(40, 32), "differs from the embedding"),
+        ("gpt_neox, sequential, tied", "embed_out.weight", torch.ones(40, 32), "differs from the embedding"),
     ],
 )
 def test_opening_names_the_wrong_tensor(

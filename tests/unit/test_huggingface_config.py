@@ -14,7 +14,7 @@ from shear_tron.architecture import Architecture, Rope
 from shear_tron.checkpoint.families import FAMILIES
 from shear_tron.checkpoint.huggingface import architecture_config, read_architecture
 
-LLAMA, QWEN2, SMOLLM3, NEOX = (ARCHITECTURES[name] for name in ("llama-tied", "qwen2-window", "smollm3", "gpt_neox"))
+LLAMA, QWEN2, SMOLLM3, NEOX = (ARCHITECTURES[name] for name in ("llama, tied", "qwen2", "smollm3", "gpt_neox"))
 
 
 def save_config(folder: Path, architecture: Architecture, **changes: Any) -> None:
@@ -175,17 +175,17 @@ def test_other_models_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("name", "changes", "match"),
     [
-        ("llama-gqa", {"window": 3}, "window=3 cannot be said in a config.json of llama"),
-        ("llama-gqa", {"biases": frozenset({"q"})}, "biases=.* cannot be said in a config.json of llama"),
-        ("llama-gqa", {"rope": Rope(share=0.5)}, "share=0.5 cannot be said|rope=.* cannot be said"),
+        ("llama, grouped", {"window": 3}, "window=3 cannot be said in a config.json of llama"),
+        ("llama, grouped", {"biases": frozenset({"q"})}, "biases=.* cannot be said in a config.json of llama"),
+        ("llama, grouped", {"rope": Rope(share=0.5)}, "share=0.5 cannot be said|rope=.* cannot be said"),
         ("mistral", {"full_layers": frozenset({1})}, "full_layers=.* cannot be said in a config.json of mistral"),
         ("qwen2", {"parallel_residual": True}, "parallel_residual=True cannot be said in a config.json of qwen2"),
         ("gpt_neox", {"mlp": "swiglu"}, "mlp='swiglu' cannot be said in a config.json of gpt_neox"),
         ("gpt_neox", {"shape": replace(NEOX.shape, kv_heads=2)}, "kv_heads=2 cannot be said"),
         ("gpt_neox", {"shape": replace(NEOX.shape, head_dim=6)}, "head_dim=6 cannot be said"),
         ("gpt_neox", {"shape": replace(NEOX.shape, hidden=30)}, "hidden=30 is no multiple of heads=4"),
-        ("llama-gqa", {"shape": replace(LLAMA.shape, hidden=20)}, "hidden=20 is no multiple of heads=8"),
-        ("llama-gqa", {"family": "bert"}, "family='bert' is not known; use one of llama"),
+        ("llama, grouped", {"shape": replace(LLAMA.shape, hidden=20)}, "hidden=20 is no multiple of heads=8"),
+        ("llama, grouped", {"family": "bert"}, "family='bert' is not known; use one of llama"),
     ],
 )
 def test_what_a_family_cannot_say_is_not_written(name: str, changes: dict[str, Any], match: str) -> None:

@@ -41,6 +41,9 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("sheared-llama/prune-1.3b.yaml", ["6,738,415,616", "1,345,423,360"]),
         ("sheared-llama/prune-2.7b.yaml", ["6,738,415,616", "2,701,560,320"]),
         ("llama-3.1-8b/prune-3.6b.yaml", ["8,030,261,248", "3,606,752,256"]),
+        ("pythia/prune-160m.yaml", ["405,334,016", "162,322,944"]),  # the sizes of the two Pythias
+        ("qwen3/prune-4b.yaml", ["8,190,735,360", "4,411,424,256"]),
+        ("mistral/prune-3b.yaml", ["7,241,732,096", "3,015,355,392"]),
     ],
 )
 def test_examples_show(

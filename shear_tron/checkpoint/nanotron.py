@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.nanotron_config import META, MODEL, Flavour, metas, model_config, read_model_config, require
-from shear_tron.checkpoint.nanotron_pieces import FORMAT, TURNED, Packed, Piece, find_pieces, packed, spell, turn
+from shear_tron.checkpoint.nanotron_pieces import FORMAT, TURNED, Piece, Whole, find_pieces, spell, turn, wholes
 from shear_tron.checkpoint.safetensors_stream import open_file, storable
 from shear_tron.params import Param
 
@@ -54,7 +54,7 @@ def write(
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        waiting = {part.name: (part, whole) for whole in packed(architecture) for part in whole.parts}
+        waiting = {part.name: (part, whole) for whole in wholes(architecture) for part in whole.parts}
         found: dict[str, Tensor] = {}
         for name, tensor in tensors:
             if name not in waiting:
@@ -80,7 +80,7 @@ def write(
         raise
 
 
-def _write_pieces(place: Path, whole: Packed, parts: list[Tensor], tp: int) -> None:
+def _write_pieces(place: Path, whole: Whole, parts: list[Tensor], tp: int) -> None:
     place.mkdir(parents=True)
     if not whole.is_cut:
         save_file({"data": parts[0].contiguous()}, place / "model_weight.safetensors")
@@ -108,7 +108,7 @@ class Checkpoint:
 
     architecture: Architecture
     interleaved: bool
-    _parts: Mapping[str, tuple[Packed, Param, int]]  # by our names: where it is, what it is, from where on
+    _parts: Mapping[str, tuple[Whole, Param, int]]  # by our names: where it is, what it is, from where on
     _pieces: Mapping[Path, tuple[Piece, ...]]  # by a packed tensor's folder
 
     @classmethod
@@ -119,9 +119,9 @@ class Checkpoint:
         """
         folder = Path(folder)
         architecture, interleaved = read_model_config(folder / MODEL)
-        parts: dict[str, tuple[Packed, Param, int]] = {}
+        parts: dict[str, tuple[Whole, Param, int]] = {}
         pieces: dict[Path, tuple[Piece, ...]] = {}
-        for whole in packed(architecture):
+        for whole in wholes(architecture):
             parts |= {part.name: (whole, part, start) for part, start, _ in whole.spans()}
             pieces[whole.folder] = find_pieces(folder / whole.folder, whole)
         return cls(architecture, interleaved, parts, pieces)
@@ -145,7 +145,7 @@ class Checkpoint:
         """Entries ``start`` to ``stop`` along ``axis`` (0 or 1) of one tensor."""
         return self.read(name).narrow(axis, start, stop - start).contiguous()
 
-    def _between(self, whole: Packed, start: int, stop: int) -> Tensor:
+    def _between(self, whole: Whole, start: int, stop: int) -> Tensor:
         shares = []
         for piece in self._pieces[whole.folder]:
             first, last = max(start, piece.start), min(stop, piece.stop)

@@ -5,37 +5,35 @@ A file's header says which part of the whole tensor it holds: pairs of (slices o
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
+from shear_tron.checkpoint.names import Names, Packed, stored
 from shear_tron.checkpoint.safetensors_stream import DTYPES, open_file
-from shear_tron.params import Param, params
+from shear_tron.params import Param
 
 FORMAT = "1.2"  # of the checkpoint: release 0.4 writes it; main writes 1.5 and reads both
 READ = ("1.2", "1.3", "1.4", "1.5")
 
-# nanotron's tensors: name ({} is the layer), and our leaves that lie one after the other along the cut axis
-PACKED: Mapping[str, tuple[str, ...]] = {
-    "model.token_position_embeddings.pp_block.token_embedding": ("embed",),
-    "model.decoder.{}.pp_block.input_layernorm": ("attn_norm",),
-    "model.decoder.{}.pp_block.attn.qkv_proj": ("q", "k", "v"),
-    "model.decoder.{}.pp_block.attn.o_proj": ("o",),
-    "model.decoder.{}.pp_block.post_attention_layernorm": ("mlp_norm",),
-    "model.decoder.{}.pp_block.mlp.gate_up_proj": ("gate", "up"),
-    "model.decoder.{}.pp_block.mlp.down_proj": ("down",),
-    "model.final_layer_norm.pp_block": ("norm",),
-    "model.lm_head.pp_block": ("lm_head",),  # not there with tied embeddings
+NAMES: Names = {
+    "embed": "model.token_position_embeddings.pp_block.token_embedding",
+    "attn_norm": "model.decoder.{}.pp_block.input_layernorm",
+    **dict.fromkeys("qkv", Packed("model.decoder.{}.pp_block.attn.qkv_proj", ("q", "k", "v"), "part")),
+    "o": "model.decoder.{}.pp_block.attn.o_proj",
+    "mlp_norm": "model.decoder.{}.pp_block.post_attention_layernorm",
+    **dict.fromkeys(("gate", "up"), Packed("model.decoder.{}.pp_block.mlp.gate_up_proj", ("gate", "up"), "part")),
+    "down": "model.decoder.{}.pp_block.mlp.down_proj",
+    "norm": "model.final_layer_norm.pp_block",
+    "lm_head": "model.lm_head.pp_block",  # not there with tied embeddings
 }
-_OF_LEAF = {leaf: name for name, leaves in PACKED.items() for leaf in leaves}
 TURNED = ("q", "k")  # what rotary embeddings act on
 
 
 @dataclass(frozen=True)
-class Packed:
+class Whole:
     """One tensor of nanotron's: its folder in a checkpoint, and the parameters of ours that lie in it."""
 
     folder: Path
@@ -69,13 +67,9 @@ class Packed:
         return tuple(slice(start, stop) if axis == self.axis else slice(None) for axis in range(len(self.size)))
 
 
-def packed(architecture: Architecture) -> list[Packed]:
+def wholes(architecture: Architecture) -> list[Whole]:
     """Every tensor of a checkpoint, in the order of ours."""
-    groups: dict[Path, list[Param]] = {}
-    for param in params(architecture):
-        name = _OF_LEAF[param.row.leaf].format(param.layer)
-        groups.setdefault(Path("model", *name.split(".")), []).append(param)
-    return [Packed(folder, tuple(parts)) for folder, parts in groups.items()]
+    return [Whole(Path("model", *each.name.split(".")), each.params) for each in stored(architecture, NAMES)]
 
 
 def turn(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
@@ -94,7 +88,7 @@ class Piece:
     stop: int
 
 
-def find_pieces(place: Path, whole: Packed) -> tuple[Piece, ...]:
+def find_pieces(place: Path, whole: Whole) -> tuple[Piece, ...]:
     """The pieces of a packed tensor, in order and without a gap."""
     found: list[Piece] = []
     for file in sorted(place.glob("model_weight*.safetensors")):
@@ -124,7 +118,7 @@ def find_pieces(place: Path, whole: Packed) -> tuple[Piece, ...]:
     return tuple(found)
 
 
-def _along(file: Path, spelt: str, whole: Packed) -> tuple[int, int]:
+def _along(file: Path, spelt: str, whole: Whole) -> tuple[int, int]:
     """Start and stop along the axis of slices in nanotron's spelling; the other axes must be whole."""
     bounds = [[None if n == "None" else int(n) for n in axis.split(",")] for axis in spelt.split("|")]
     for axis, (start, stop, step) in enumerate(bounds):

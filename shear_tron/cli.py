@@ -25,8 +25,8 @@ VERBS = {
     "config": "every key of a configuration explained",
     "show": "dry run: counts, what ranks hold, whether all fits",
     "train": "prune (given a `prune` section) or pre-train",
-    "extract": "write a pruning run's dense model: Hugging Face or nanotron",
-    "export": "write a training run's model: Hugging Face or nanotron",
+    "extract": "write a pruning run's dense model: Hugging Face, nanotron, GGUF",
+    "export": "write a training run's model: Hugging Face, nanotron, GGUF",
     "import": "make a Hugging Face folder of a nanotron checkpoint",
     "reference-loss": "reference losses of domains, predicted or measured",
     "bench": "the kernel benchmark; without a GPU its rooflines",
@@ -113,10 +113,10 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("picture", nargs="?", metavar="PNG", help="draw tokens and document lengths there")
     if verb in ("extract", "export"):
         sub.add_argument("run", help="folder of the run")
-        sub.add_argument("output", help="folder to write; must not exist")
+        sub.add_argument("output", help="folder (for gguf: file) to write; must not exist")
         sub.add_argument("--step", type=int, default=None, help="checkpoint to take; default: the newest")
         sub.add_argument("--model", default=None, help="where the run's source model is; default: where it was")
-        sub.add_argument("--to", choices=["huggingface", "nanotron"], default="huggingface")
+        sub.add_argument("--to", choices=["huggingface", "nanotron", "gguf"], default="huggingface")
         sub.add_argument("--flavour", choices=["main", "0.4"], default="main", help="of nanotron")
         sub.add_argument("--tp", type=int, default=1, help="pieces of every tensor, for nanotron; any can be read")
         sub.add_argument("--samples", type=int, default=0, help="of the run's next samples to hand to nanotron")
@@ -126,7 +126,8 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--tokenizer", required=True, help="folder of the model's tokenizer")
     if verb in ("extract", "export", "import"):
         default = None if verb == "import" else "float32"  # None: as it is stored
-        sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=default)
+        q8_0 = [] if verb == "import" else ["q8_0"]  # of GGUF
+        sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16", *q8_0], default=default)
 
 
 def _version() -> str:

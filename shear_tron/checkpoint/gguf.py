@@ -22,6 +22,7 @@ from shear_tron.checkpoint.gguf_vocab import add_vocabulary
 from shear_tron.checkpoint.nanotron_pieces import turn
 from shear_tron.checkpoint.safetensors_stream import storable
 from shear_tron.params import count, params
+from shear_tron.shape import Shape
 
 Kind = Literal["float32", "float16", "bfloat16", "q8_0"]
 _KINDS: Mapping[str, tuple[Any, Any]] = {
@@ -44,7 +45,6 @@ _NAMES = {
     "norm": "output_norm",
     "lm_head": "output",
 }
-K_QUANTS = 256  # what llama.cpp's k-quants want a row to be a multiple of
 
 
 def write(
@@ -104,6 +104,13 @@ def write(
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def without_k_quants(shape: Shape) -> list[str]:
+    """Lengths of rows that llama.cpp's k-quants do not take (multiples of 256), as ``name=size``; it stores those
+    matrices in a larger type."""
+    rows = {"hidden": shape.hidden, "heads x head_dim": shape.heads * shape.head_dim, "ffn": shape.ffn}
+    return [f"{name}={size}" for name, size in rows.items() if size % 256]
 
 
 def kind(dtype: str | None) -> Kind:

@@ -73,9 +73,24 @@ def test_the_very_next_samples_go_along(pruned: Path, world: Path, tmp_path: Pat
     assert not (found[:8] == fresh[:8].numpy()).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "q8_0"])
+def test_to_gguf(dtype: str, pruned: Path, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    assert cli.main(["extract", str(pruned), str(tmp_path / "small")]) == 0
+    file = tmp_path / "out/small.gguf"
+    assert cli.main(["extract", str(pruned), str(file), "--to", "gguf", "--dtype", dtype]) == 0
+    before = LlamaForCausalLM.from_pretrained(tmp_path / "small")
+    after = LlamaForCausalLM.from_pretrained(tmp_path / "out", gguf_file="small.gguf", dtype=torch.float32)
+    for one, other in zip(before.parameters(), after.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=0 if dtype == "float32" else 1e-2)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        (["--to", "gguf"], "out is no name of a GGUF file; use"),
+        (["--dtype", "q8_0"], "dtype=q8_0 is GGUF's; for huggingface use float32, bfloat16 or float16"),
         (["--samples", "8"], "only nanotron's main branch reads token shards"),
         (["--to", "nanotron", "--flavour", "0.4", "--samples", "8"], "only nanotron's main branch"),
         (["--to", "nanotron", "--samples", "9"], "samples=9 are not whole steps; use a multiple of train.batch=8"),

@@ -28,6 +28,7 @@ VERBS = {
     "extract": "write a pruning run's dense model: Hugging Face, nanotron, GGUF",
     "export": "write a training run's model: Hugging Face, nanotron, GGUF",
     "import": "make a Hugging Face folder of a nanotron checkpoint",
+    "report": "what runs did, as one HTML page; also while they run",
     "reference-loss": "reference losses of domains, predicted or measured",
     "bench": "the kernel benchmark; without a GPU its rooflines",
 }
@@ -104,6 +105,11 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--markdown", action="store_true", help="the whole reference, as docs/config.md has it")
     if verb == "train":
         sub.add_argument("--nproc", type=int, default=None, help="ranks to start on this machine; torchrun for more")
+    if verb == "report":
+        sub.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, in the order they were made")
+        sub.add_argument("--output", default=None, metavar="HTML", help="default: report.html in the last run")
+        sub.add_argument("--baseline", action="append", default=[], metavar="RUN", help="compare the end with it")
+        sub.add_argument("--png", default=None, metavar="DIR", help="write the figures as PNG and SVG too")
     if verb == "show":
         sub.add_argument("--world", type=int, default=None, help="ranks to plan for; default: the fewest that fit")
     if verb == "prepare":
@@ -253,6 +259,14 @@ def show(arguments: argparse.Namespace) -> None:
     from shear_tron.train.show import show as text
 
     print(text(load(RunConfig, arguments.config, arguments.overrides), arguments.world))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from shear_tron.report.write import write
+
+    baselines = [Path(run) for run in arguments.baseline]
+    for file in write([Path(run) for run in arguments.runs], baselines, arguments.output, arguments.png):
+        print(file)
 
 
 def reference_loss(arguments: argparse.Namespace) -> None:

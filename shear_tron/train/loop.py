@@ -23,14 +23,13 @@ from shear_tron.pruning.snapshot import snapshot
 from shear_tron.train.evaluation import DomainLosses, HeldOut, not_finite
 from shear_tron.train.facts import facts, peak_memory
 from shear_tron.train.health import Health
-from shear_tron.train.metrics import GATES, LOG, Log
+from shear_tron.train.metrics import GATES, LOG, REFERENCES, Log
 from shear_tron.train.optimizer import adamw, moments, start_moments
 from shear_tron.train.plan import CONFIG, Inputs, Plan
 from shear_tron.train.pruner import Pruner
 from shear_tron.train.schedule import learning_rate_factor
 from shear_tron.train.speed import StepCost
 
-REFERENCES = "reference_losses.json"
 SNAPSHOTS = 64  # of the gates in a run, about
 
 

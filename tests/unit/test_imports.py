@@ -33,7 +33,8 @@ ARROWS = {
         "checkpoint",
     },
     "explain": {"config"},
-    "cli": {"config", "explain", "data", "parallel", "train", "checkpoint"},
+    "report": {"config", "train"},
+    "cli": {"config", "explain", "data", "parallel", "train", "checkpoint", "report"},
     "__main__": {"cli"},
 }
 DISTRIBUTED = {"parallel", "checkpoint"}

@@ -30,7 +30,7 @@ def figures(story: Story) -> dict[str, Figure]:
 
 
 def _x(story: Story) -> alt.X:
-    scale = alt.Scale(domain=[0, story.stages[-1].last["tokens"]])
+    scale = alt.Scale(domain=[0, story.stages[-1].last["tokens"]], nice=False)
     return alt.X("tokens:Q", title="tokens seen", axis=alt.Axis(format="~s"), scale=scale)
 
 

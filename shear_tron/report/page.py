@@ -183,7 +183,9 @@ def _facts(stage: Stage) -> list[tuple[str, str]]:
             ("peak memory", f"{memory(max(line.get('peak_memory', 0) for line in stage.lines))} on the main rank")
         )
     if stage.skipped:
-        found.append(("skipped", f"{stage.skipped} steps, where something was not finite: metrics.jsonl says what"))
+        found.append(
+            ("skipped", f"{stage.skipped} of {last['step']:,} steps, where something was not finite (metrics.jsonl)")
+        )
     return found
 
 

@@ -107,6 +107,16 @@ def test_a_log_of_an_older_version_is_reported_with_what_it_has(runs: tuple[str,
     assert "sparsity-ffn" in data(run / "report.html")["charts"]
 
 
+def test_steps_that_were_skipped_are_told(runs: tuple[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "skipping"
+    shutil.copytree(runs[0], run)
+    lines = metrics.read_lines(run / metrics.LOG)
+    lines[3] |= {"loss": None, "skipped": "loss is nan in trees"}
+    (run / metrics.LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(["report", str(run)]) == 0
+    assert "1 of 8 steps, where something was not finite" in (run / "report.html").read_text()
+
+
 def test_figures_for_papers(runs: tuple[str, str], tmp_path: Path) -> None:
     assert cli.main(["report", *runs, "--output", str(tmp_path / "r.html"), "--png", str(tmp_path / "png")]) == 0
     names = {file.stem for file in (tmp_path / "png").iterdir()}

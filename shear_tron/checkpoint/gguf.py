@@ -5,8 +5,6 @@ float32 whatever the rest is, as llama.cpp wants them.
 """
 
 import math
-import os
-import uuid
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shear_tron.architecture import Architecture, Rope
+from shear_tron.checkpoint.atomic import atomic
 from shear_tron.checkpoint.gguf_vocab import add_vocabulary
 from shear_tron.checkpoint.nanotron_pieces import turn
 from shear_tron.checkpoint.safetensors_stream import storable
@@ -65,11 +64,7 @@ def write(
     file = Path(file)
     if file.suffix != ".gguf":
         raise ValueError(f"{file} is no name of a GGUF file; use {file.with_suffix('.gguf')}")
-    if file.exists():
-        raise ValueError(f"{file} exists; choose another name or remove it")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.parent / f".{file.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    with atomic(file) as partial:
         writer = gguf.GGUFWriter(partial, "llama")
         _add_metadata(writer, file.stem, architecture, kind)
         add_vocabulary(writer, Path(tokenizer_from), architecture.shape.vocab)
@@ -100,10 +95,6 @@ def write(
         if (extra := next(given, None)) is not None:
             raise ValueError(f"{extra[0]} is not a tensor of this model; leave it out")
         writer.close()
-        os.rename(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def without_k_quants(shape: Shape) -> list[str]:

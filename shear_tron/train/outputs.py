@@ -10,11 +10,13 @@ from tqdm import tqdm
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import huggingface, sharded
+from shear_tron.checkpoint.atomic import atomic
 from shear_tron.checkpoint.model_folder import Form, open_model, require_form, write_model
 from shear_tron.data.tokenizer import load
 from shear_tron.params import count, params
 from shear_tron.pruning.extract import extract as dense_model
 from shear_tron.pruning.gates import Gates
+from shear_tron.train.card import publish
 from shear_tron.train.handover import hand_over, require_samples
 from shear_tron.train.run_folder import RunFolder
 
@@ -38,7 +40,7 @@ def extract(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
             raise ValueError(f"gates.{kind} holds NaN or infinite values in {run.path}; use an earlier one (--step)")
     gates.load_state_dict(logits)
     shape, tensors = dense_model(reader.read, gates.decide(), source.shape)
-    said = _write(run, output, replace(source, shape=shape), tensors, form, samples)
+    said = _write(run, output, replace(source, shape=shape), source, tensors, form, samples)
     return f"{output}: {count(shape):,} of {count(source.shape):,} parameters, {shape}{said}"
 
 
@@ -49,7 +51,7 @@ def export(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
     architecture = huggingface.read_architecture(run.model)
     reader = sharded.Reader(run.checkpoint)
     tensors = ((param.name, reader.read(param.name)) for param in params(architecture.shape))
-    said = _write(run, output, architecture, tensors, form, samples)
+    said = _write(run, output, architecture, architecture, tensors, form, samples)
     return f"{output}: {count(architecture.shape):,} parameters, {architecture.shape}{said}"
 
 
@@ -72,16 +74,24 @@ def _write(
     run: RunFolder,
     output: str,
     architecture: Architecture,
+    source: Architecture,
     tensors: Iterable[tuple[str, Tensor]],
     form: Form,
     samples: int,
 ) -> str:
+    verb = "export" if run.config.prune is None else "extract"
     require_form(architecture, form)
+    given = shown(tensors, architecture)
     if samples:
         require_samples(run, architecture, form, samples)
-        return "; " + hand_over(run, Path(output), architecture, shown(tensors, architecture), form, samples)
-    said = write_model(output, architecture, shown(tensors, architecture), form, run.model)
-    return f"; {said}" if said else ""
+        return "; " + hand_over(run, Path(output), architecture, given, form, samples)
+    if form.format != "huggingface":
+        said = write_model(output, architecture, given, form, run.model)
+        return f"; {said}" if said else ""
+    with atomic(output) as partial:
+        write_model(partial, architecture, given, form, run.model)
+        publish(run, partial, architecture, source, f"shear-tron {verb} {run.path} {output}")
+    return ""
 
 
 def shown(tensors: Iterable[tuple[str, Tensor]], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:

@@ -88,6 +88,9 @@ class Trainer:
         if self.cost:
             self.cost.time_dense(*self.held_out.rows(torch.arange(self.share)))
         try:
+            if self.pruner and not self.step:
+                self._begin_pruning(self.pruner, batches, log)
+            line: dict[str, Any] = {"step": 0, "tokens": 0}  # where there are no steps, only units to choose
             while self.step < train.steps:
                 line = self._update(batches)
                 self.step += 1
@@ -115,12 +118,33 @@ class Trainer:
             log.close()
         return losses
 
+    def _begin_pruning(self, pruner: Pruner, batches: Batches, log: Log) -> None:
+        """Score units on a few batches, all of them open and the weights as they are; close those to close at once."""
+        count = pruner.config.batches_before
+        for step in range(-count, 0):
+            windows = batches.next()[0].to(self.topology.device)
+            sampled, gated = pruner.sample(step, self._own_microbatches())
+            self.engine.train(windows[:, :-1], windows[:, 1:], gated)
+            pruner.backward(step, sampled, gated)
+            self.optimizer.zero_grad()
+            if not pruner.is_finite():
+                raise AgreedError(f"scores of {self.config.model} are not finite; the model or the data is damaged")
+            pruner.step()
+        if count:
+            log.say(f"units scored on {count} batches, {count * self.config.train.batch} sequences")
+        pruner.begin(self.inputs.weights.read)
+
+    def _own_microbatches(self) -> range:
+        """This rank's, of the global batch."""
+        first = self.topology.dp_rank * self.plan.microbatches
+        return range(first, first + self.plan.microbatches)
+
     def _update(self, batches: Batches) -> dict[str, Any]:
         """One step: forward and backward of every microbatch, then weights and masks move. Returns its log line.
 
         Where a loss or gradient is not finite on any rank, nothing moves on any: the batch is used up, and named.
         """
-        start, dp_rank = time.perf_counter(), self.topology.dp_rank
+        start = time.perf_counter()
         train, optimizer = self.config.train, self.config.optimizer
         windows, domains = batches.next()
         waited = time.perf_counter() - start
@@ -129,8 +153,7 @@ class Trainer:
         sampled, gated = None, None
         began = time.perf_counter()
         if self.pruner:
-            mine = range(dp_rank * self.plan.microbatches, (dp_rank + 1) * self.plan.microbatches)
-            sampled, gated = self.pruner.sample(self.step, mine)
+            sampled, gated = self.pruner.sample(self.step, self._own_microbatches())
         found = self._everywhere(self.engine.train(tokens, labels, gated), len(tokens))
         report: dict[str, Any] = {}
         if self.pruner and sampled and gated:
@@ -140,7 +163,7 @@ class Trainer:
         norm = sync.clip(self.stages, optimizer.clip, self.topology)
         losses = DomainLosses.of(found, domains, self.inputs.names, self.topology)
         factor = learning_rate_factor(self.step, train.steps, optimizer.warmup_steps, optimizer.min_learning_rate)
-        why = self.health.reason_to_skip(losses, float(norm), self.pruner.optimizer if self.pruner else None)
+        why = self.health.reason_to_skip(losses, float(norm), self.pruner is None or self.pruner.is_finite())
         if why:
             last = batches.state()["number"] - 1
             report["skipped"] = f"{why}; samples {last - train.batch + 1} to {last} changed nothing"
@@ -215,11 +238,13 @@ class Trainer:
         if line["step"] % self.config.train.log_every == 0 or "held_out" in line or "skipped" in line:
             log.write(line)
         if self.pruner and (self.step % max(1, self.config.train.steps // SNAPSHOTS) == 0 or "held_out" in line):
-            log.write({"step": self.step} | snapshot(self.pruner.gates), GATES)
+            log.write({"step": self.step} | snapshot(self.pruner.method.expected()), GATES)
         if "skipped" in line:
             log.say(f"step {self.step} skipped: {line['skipped']}")
         if "held_out" in line:
             log.say(f"step {self.step}: held-out loss " + _listed(line["held_out"]))
+        if not self.step:
+            return
         shown = {"loss": f"{line['loss']:.3f}", "tokens/s": f"{line['tokens_per_second']:.0f}"}
         if "expected_sparsity" in line:
             shown["sparsity"] = f"{line['expected_sparsity']:.2f}/{line['target_sparsity']:.2f}"

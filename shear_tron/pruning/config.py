@@ -34,8 +34,10 @@ class PruneConfig(Section):
     """
 
     target: TargetConfig
-    method: Literal["hard_concrete", "fisher", "magnitude", "random"] = "hard_concrete"
-    # the target sparsity grows from 0 over these steps; 0 (not hard_concrete): units close at once, before the first
+    method: Literal["hard_concrete", "fisher", "magnitude", "random"] = (
+        "hard_concrete"  # how masks are made (docs/masks.md)
+    )
+    # the target sparsity grows from 0 over these steps; 0: at once, before the first (not hard_concrete)
     warmup_steps: int = Field(ge=0)
     learning_rate: float = Field(1.0, gt=0)  # hard_concrete: of mask logits and multipliers
     decay: float = Field(0.9, ge=0, lt=1)  # fisher: of the running mean of scores, a microbatch

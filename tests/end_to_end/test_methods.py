@@ -15,8 +15,10 @@ from shear_tron.train.loop import Trainer
 SIZES = {"hidden": 32, "layers": 2, "heads": 8, "kv_heads": 4, "ffn": 32}
 
 
-def train(world: Path, run: Path, *overrides: str) -> None:
-    assert cli.main(["train", str(world / "prune.yaml"), f"run={run}", "data.update_every=0", *overrides]) == 0
+def train(world: Path, run: Path, *overrides: str, debug: bool = False) -> None:
+    options = ["--debug"] if debug else []
+    config = [str(world / "prune.yaml"), f"run={run}", "data.update_every=0", *overrides]
+    assert cli.main(["train", *config, *options]) == 0
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
@@ -41,7 +43,7 @@ def test_interrupted_and_resumed_is_never_interrupted_and_keeps_the_targets_coun
 
     monkeypatch.setattr(Trainer, "_update", until)
     with pytest.raises(RuntimeError, match="the power went out"):
-        train(world, tmp_path / "parts", *settings)
+        train(world, tmp_path / "parts", *settings, debug=True)
     monkeypatch.undo()
     train(world, tmp_path / "parts", *settings)
     whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")

@@ -90,7 +90,8 @@ class Trainer:
         try:
             if self.pruner and not self.step:
                 self._begin_pruning(self.pruner, batches, log)
-            line: dict[str, Any] = {"step": 0, "tokens": 0}  # where there are no steps, only units to choose
+            # where there are no steps, only units to choose
+            line: dict[str, Any] = {"step": 0, "tokens": 0, "weights": self._weights()}
             while self.step < train.steps:
                 line = self._update(batches)
                 self.step += 1
@@ -174,7 +175,6 @@ class Trainer:
                 self.pruner.step(factor)
             self.optimizer.step()
         self.optimizer.zero_grad()
-        assert self.mixture is not None
         seconds = time.perf_counter() - start
         report["flops"] = self.dense_flops
         if self.cost and sampled and gated:
@@ -185,7 +185,7 @@ class Trainer:
             "tokens": (self.step + 1) * tokens_in_batch,  # so far
             "loss": losses.mean(),
             "domain_loss": losses.by_domain(),
-            "weights": dict(zip(self.inputs.names, self.mixture.weights.tolist(), strict=True)),
+            "weights": self._weights(),
             "gradient_norm": float(norm),
             "learning_rate": optimizer.learning_rate * factor,
             **report,
@@ -233,6 +233,10 @@ class Trainer:
         if not self.config.data.update_every:
             settings = settings.model_copy(update={"update": "constant"})
         return Mixture(self.inputs.names, self.inputs.proportions, references, settings)
+
+    def _weights(self) -> dict[str, float]:
+        assert self.mixture is not None
+        return dict(zip(self.inputs.names, self.mixture.weights.tolist(), strict=True))
 
     def _tell(self, log: Log, line: dict[str, Any]) -> None:
         if line["step"] % self.config.train.log_every == 0 or "held_out" in line or "skipped" in line:

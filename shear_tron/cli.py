@@ -25,9 +25,10 @@ VERBS = {
     "config": "every key of a configuration explained",
     "show": "dry run: counts, what ranks hold, whether all fits",
     "train": "prune (given a `prune` section) or pre-train",
-    "extract": "write a pruning run's dense model: Hugging Face or nanotron",
-    "export": "write a training run's model: Hugging Face or nanotron",
+    "extract": "write a pruning run's dense model: Hugging Face, nanotron, GGUF",
+    "export": "write a training run's model: Hugging Face, nanotron, GGUF",
     "import": "make a Hugging Face folder of a nanotron checkpoint",
+    "report": "what runs did, as one HTML page; also while they run",
     "reference-loss": "reference losses of domains, predicted or measured",
     "bench": "the kernel benchmark; without a GPU its rooflines",
 }
@@ -104,6 +105,11 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--markdown", action="store_true", help="the whole reference, as docs/config.md has it")
     if verb == "train":
         sub.add_argument("--nproc", type=int, default=None, help="ranks to start on this machine; torchrun for more")
+    if verb == "report":
+        sub.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, in the order they were made")
+        sub.add_argument("--output", default=None, metavar="HTML", help="default: report.html in the last run")
+        sub.add_argument("--baseline", action="append", default=[], metavar="RUN", help="compare the end with it")
+        sub.add_argument("--png", default=None, metavar="DIR", help="write the figures as PNG and SVG too")
     if verb == "show":
         sub.add_argument("--world", type=int, default=None, help="ranks to plan for; default: the fewest that fit")
     if verb == "prepare":
@@ -113,10 +119,10 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("picture", nargs="?", metavar="PNG", help="draw tokens and document lengths there")
     if verb in ("extract", "export"):
         sub.add_argument("run", help="folder of the run")
-        sub.add_argument("output", help="folder to write; must not exist")
+        sub.add_argument("output", help="folder (for gguf: file) to write; must not exist")
         sub.add_argument("--step", type=int, default=None, help="checkpoint to take; default: the newest")
         sub.add_argument("--model", default=None, help="where the run's source model is; default: where it was")
-        sub.add_argument("--to", choices=["huggingface", "nanotron"], default="huggingface")
+        sub.add_argument("--to", choices=["huggingface", "nanotron", "gguf"], default="huggingface")
         sub.add_argument("--flavour", choices=["main", "0.4"], default="main", help="of nanotron")
         sub.add_argument("--tp", type=int, default=1, help="pieces of every tensor, for nanotron; any can be read")
         sub.add_argument("--samples", type=int, default=0, help="of the run's next samples to hand to nanotron")
@@ -126,7 +132,8 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--tokenizer", required=True, help="folder of the model's tokenizer")
     if verb in ("extract", "export", "import"):
         default = None if verb == "import" else "float32"  # None: as it is stored
-        sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=default)
+        q8_0 = [] if verb == "import" else ["q8_0"]  # of GGUF
+        sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16", *q8_0], default=default)
 
 
 def _version() -> str:
@@ -252,6 +259,14 @@ def show(arguments: argparse.Namespace) -> None:
     from shear_tron.train.show import show as text
 
     print(text(load(RunConfig, arguments.config, arguments.overrides), arguments.world))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from shear_tron.report.write import write
+
+    baselines = [Path(run) for run in arguments.baseline]
+    for file in write([Path(run) for run in arguments.runs], baselines, arguments.output, arguments.png):
+        print(file)
 
 
 def reference_loss(arguments: argparse.Namespace) -> None:

@@ -74,10 +74,10 @@ def pruner(kind: str, closed: float, shape: Shape, topology: Topology) -> Pruner
     config = PruneConfig(target=halves(shape), warmup_steps=1, compact=kind == "compact")
     made = Pruner(Architecture(shape), halves(shape).shape(shape), config, 0, topology)
     noise = torch.Generator().manual_seed(1)
-    for name, logits in made.gates.logits.items():
+    for name, logits in made.method.gates.logits.items():
         units = logits.shape[-1]
         order = torch.rand(logits.shape, generator=noise).argsort(-1).argsort(-1)
-        shut = order < round(closed * (units - made.gates.counts[name]))
+        shut = order < round(closed * (units - made.method.gates.counts[name]))
         logits.data = torch.where(shut, -LIMIT, LIMIT)
     return made
 

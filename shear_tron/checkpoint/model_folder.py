@@ -1,4 +1,4 @@
-"""One door for models: a folder of whatever format, read by our names or written from them."""
+"""One door for models: a folder (or file) of whatever format, read by our names or written from them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
-from shear_tron.checkpoint import huggingface, nanotron
+from shear_tron.checkpoint import gguf, huggingface, nanotron
 from shear_tron.checkpoint.huggingface_config import TOKEN_IDS
 from shear_tron.checkpoint.nanotron_config import MODEL as NANOTRON
 from shear_tron.checkpoint.nanotron_config import Flavour, require
 from shear_tron.checkpoint.safetensors_stream import read_json
 
-Format = Literal["huggingface", "nanotron"]
+Format = Literal["huggingface", "nanotron", "gguf"]
 
 
 class Model(Protocol):
@@ -33,8 +33,8 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Form:
-    """How a model is to be written. ``dtype`` None keeps what the tensors have. ``flavour`` and ``tp`` (pieces of every
-    cut tensor) are nanotron's."""
+    """How a model is to be written. ``dtype`` is a torch dtype's name, for GGUF also q8_0; None keeps what the tensors
+    have. ``flavour`` and ``tp`` (pieces of every cut tensor) are nanotron's."""
 
     format: Format = "huggingface"
     dtype: str | None = "float32"
@@ -51,9 +51,11 @@ def open_model(folder: str | Path) -> Model:
 
 def require_form(architecture: Architecture, form: Form) -> None:
     """Raise ValueError where a model of ``architecture`` cannot be written so. Reads and writes nothing."""
+    if form.dtype == "q8_0" and form.format != "gguf":
+        raise ValueError(f"dtype=q8_0 is GGUF's; for {form.format} use float32, bfloat16 or float16")
     if form.format == "nanotron":
         require(architecture, form.flavour, form.tp)
-    else:
+    elif form.format == "huggingface":
         huggingface.architecture_config(architecture, torch.float32)
 
 
@@ -69,6 +71,9 @@ def write_model(
     tensors: (our name, tensor), each once. tokenizer_from: a Hugging Face folder, for tokenizer files and special ids.
     Raises ValueError for what the format lacks and where ``folder`` holds something.
     """
+    if form.format == "gguf":
+        gguf.write(folder, architecture, tensors, kind=gguf.kind(form.dtype), tokenizer_from=tokenizer_from)
+        return ""
     dtype = None if form.dtype is None else getattr(torch, form.dtype)
     if form.format == "nanotron":
         config = read_json(Path(tokenizer_from) / "config.json")

@@ -8,11 +8,8 @@ needs nanotron; ``check`` reads a checkpoint back with nanotron's own classes.
 """
 
 import json
-import os
-import shutil
 import sys
 import types
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
+from shear_tron.checkpoint.atomic import atomic
 from shear_tron.checkpoint.nanotron_config import META, MODEL, Flavour, metas, model_config, read_model_config, require
 from shear_tron.checkpoint.nanotron_pieces import FORMAT, TURNED, Piece, Whole, find_pieces, spell, turn, wholes
 from shear_tron.checkpoint.safetensors_stream import open_file, storable
@@ -48,12 +46,7 @@ def write(
     a missing, extra or misshaped tensor, and where ``folder`` already holds something.
     """
     require(architecture, flavour, tp)
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; choose another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    with atomic(folder) as partial:
         waiting = {part.name: (part, whole) for whole in wholes(architecture) for part in whole.parts}
         found: dict[str, Tensor] = {}
         for name, tensor in tensors:
@@ -72,12 +65,6 @@ def write(
         config = model_config(architecture, flavour, token_ids or {})
         (partial / MODEL).write_text(json.dumps(config, indent=1) + "\n")
         (partial / META).write_text(json.dumps({"version": FORMAT, "tp": tp, "dp": 1, "metas": metas()}, indent=1))
-        if folder.exists():
-            folder.rmdir()
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write_pieces(place: Path, whole: Whole, parts: list[Tensor], tp: int) -> None:

@@ -74,6 +74,13 @@ def sum_over_data(values: Tensor, topology: Topology) -> Tensor:
     return values
 
 
+def sum_over_parts(values: Tensor, topology: Topology) -> Tensor:
+    """Sum of ``values`` over the tensor- and pipeline-parallel ranks that work on the same data. In place."""
+    for axis in ("pp", "tp"):
+        dist.all_reduce(values, group=topology.mesh.get_group(axis))
+    return values
+
+
 def sum_over_ranks(values: Tensor, topology: Topology) -> Tensor:
     """Sum of ``values`` over all ranks, on the CPU; waits for them."""
     values = values.to(topology.device)

@@ -1,6 +1,8 @@
 """The ``prune`` section of a run's configuration."""
 
-from pydantic import Field, PositiveInt
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
 
 from shear_tron.config import Section
 from shear_tron.shape import Shape
@@ -24,11 +26,35 @@ class TargetConfig(Section):
 
 
 class PruneConfig(Section):
-    """Learning masks (paper section 2.1). With this section, training prunes; without it, it is plain pre-training."""
+    """How masks are made. With this section, training prunes; without it, it is plain pre-training.
+
+    ``hard_concrete``: the paper's gates, learned under Lagrange constraints (section 2.1). The others keep the units of
+    the largest score, an exact count at every step: ``fisher`` by the squares of their masks' gradients, ``magnitude``
+    by their weights, ``random`` by chance (docs/masks.md).
+    """
 
     target: TargetConfig
-    learning_rate: float = Field(1.0, gt=0)  # of mask logits and multipliers
-    warmup_steps: PositiveInt  # the target sparsity grows linearly from 0 over these steps
+    method: Literal["hard_concrete", "fisher", "magnitude", "random"] = (
+        "hard_concrete"  # how masks are made (docs/masks.md)
+    )
+    # the target sparsity grows from 0 over these steps; 0: at once, before the first (not hard_concrete)
+    warmup_steps: int = Field(ge=0)
+    learning_rate: float = Field(1.0, gt=0)  # hard_concrete: of mask logits and multipliers
+    decay: float = Field(0.9, ge=0, lt=1)  # fisher: of the running mean of scores, a microbatch
+    calibration_batches: int = Field(16, ge=0)  # fisher: batches that are scored before the first step
     compact: bool = True  # leave closed units out of every step; exact (docs/compaction.md)
     pad_to: PositiveInt | None = None  # kept counts are multiples of it; default 64 on CUDA, 16 on the CPU
     balance: PositiveInt = 1  # blocks of heads and ffn columns that keep equal counts; parallel.tp or a multiple of it
+
+    @model_validator(mode="after")
+    def _starts(self) -> Self:
+        if self.method == "hard_concrete" and not self.warmup_steps:
+            raise ValueError("warmup_steps=0 closes gates before they could learn; use 1 or more, or method=fisher")
+        if self.method == "fisher" and not self.warmup_steps and not self.calibration_batches:
+            raise ValueError("warmup_steps=0 closes units before any has a score; use calibration_batches of 1 or more")
+        return self
+
+    @property
+    def batches_before(self) -> int:
+        """Batches that the method sees before the first step."""
+        return self.calibration_batches if self.method == "fisher" else 0

@@ -19,7 +19,8 @@ from shear_tron.architecture import Architecture
 from shear_tron.dims import Dim, sizes
 from shear_tron.masks import Masks
 from shear_tron.params import matrices
-from shear_tron.pruning.gates import Gates, copy_into, pruned_kinds
+from shear_tron.pruning.counts import pruned_kinds
+from shear_tron.pruning.gates import Gates, copy_into
 from shear_tron.shape import Shape
 
 
@@ -98,6 +99,14 @@ def parameter_groups(gates: Gates, constraint: Constraint, lr: float = 1.0) -> l
         {"params": list(gates.logits.values()), "maximize": False, **common},
         {"params": list(constraint.multipliers.values()), "maximize": True, **common},
     ]
+
+
+def sparsity_report(masks: Masks, source: Architecture) -> dict[str, float]:
+    """What ``Constraint.penalty`` reports, of masks that are what is wanted: expected and target are the same."""
+    closed = {f"{kind}_sparsity": 1 - mask.double().mean().item() for kind, mask in masks.items()}
+    kept = _expected_matrix_parameters(masks, source).item()
+    closed["sparsity"] = 1 - kept / _matrix_parameters(source)
+    return {f"{which}_{name}": share for which in ("expected", "target") for name, share in closed.items()}
 
 
 def _matrix_parameters(architecture: Architecture) -> int:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardtanh
 
-from shear_tron.dims import CUT_KINDS, KINDS, sizes
+from shear_tron.dims import KINDS
 from shear_tron.masks import Masks
-from shear_tron.shape import Shape, require_split
+from shear_tron.pruning.counts import Counts, largest
+from shear_tron.shape import Shape
 
 STRETCH = (-0.1, 1.1)
 TEMPERATURE = 2 / 3
@@ -27,19 +28,6 @@ WORD = 2**64
 
 # A sample is 0 with the probability sigmoid(_SHIFT - logit).
 _SHIFT = TEMPERATURE * log(-STRETCH[0] / STRETCH[1])
-
-
-def pruned_kinds(source: Shape, target: Shape) -> dict[str, int]:
-    """The kinds of structure of which ``target`` has fewer units than ``source``, and how many it has (a layer).
-
-    Raises ValueError if ``target`` cannot be cut out of ``source``, or is as large.
-    """
-    source.require_target(target)
-    before, after = sizes(source), sizes(target)
-    kinds = {kind: after[kind][-1] for kind in KINDS if after[kind][-1] < before[kind][-1]}
-    if not kinds:
-        raise ValueError(f"target {target} is as large as the source; make at least one of its sizes smaller")
-    return kinds
 
 
 def copy_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -78,9 +66,7 @@ class Gates:
         source, target: shapes before and after; a kind has logits only where the target is smaller.
         seed: of the sampling noise, 0 <= seed < 2**64.
         dtype: of the logits and masks.
-        balance: the units of a layer that tensor parallelism cuts (key-value groups, ffn columns) lie in this many
-            equal blocks, each of which keeps its share of the target: no tensor-parallel rank is left with more work
-            than another, for any tp that divides it. ValueError where a size or the target's does not split.
+        balance: blocks of a layer that keep equal counts, as for ``Counts``.
 
     ``logits`` maps a kind of ``masks.KINDS`` to a parameter of the size ``masks.sizes(source)`` gives it. They are the
     same on every rank, and live on the CPU: the masks decide the sizes of tensors, and reading them must not make the
@@ -90,16 +76,13 @@ class Gates:
     def __init__(
         self, source: Shape, target: Shape, seed: int = 0, dtype: torch.dtype = torch.float32, balance: int = 1
     ) -> None:
-        self.counts = pruned_kinds(source, target)
-        self.block_counts = {kind: balance if kind in CUT_KINDS else 1 for kind in self.counts}
-        for kind, parts in self.block_counts.items():
-            require_split(f"{kind} of the source", sizes(source)[kind][-1], "balance", parts)
-            require_split(f"{kind} of the target", self.counts[kind], "balance", parts)
+        self.units = Counts(source, target, balance)
+        self.counts = self.units.kept
         self.seed = seed
         self.logits = {
             # The released code draws N(5, 0.01) and clamps it before its first use, so that all start at LIMIT.
-            kind: torch.nn.Parameter(torch.full(sizes(source)[kind], LIMIT, dtype=dtype))
-            for kind in self.counts
+            kind: torch.nn.Parameter(torch.full(size, LIMIT, dtype=dtype))
+            for kind, size in self.units.sizes.items()
         }
         self.noise(0, 0)  # so that a bad seed is an error now
 
@@ -128,12 +111,12 @@ class Gates:
         A kept unit has a soft value, ``sigmoid(logit * SHARPNESS / TEMPERATURE)``, a pruned one exactly 0. Among equal
         logits the first are kept.
         """
-        masks = {}
-        for kind, logits in self.logits.items():
-            blocks = self.blocks(kind, logits.detach())
-            each = self.counts[kind] // self.block_counts[kind]
-            masks[kind] = _keep(blocks, [each] * blocks[..., 0].numel()).reshape(logits.shape)
-        return Masks(**masks)
+        return Masks(
+            **{
+                kind: _soft(logits.detach(), self.units.largest(kind, logits.detach()))
+                for kind, logits in self.logits.items()
+            }
+        )
 
     def decide_expected(self) -> Masks:
         """Like ``decide``, but keeps in each block as many units as are open on average now: the model as it stands."""
@@ -143,12 +126,13 @@ class Gates:
             total = chances.shape[-1]
             closed = total - chances.sum(-1).reshape(-1)
             counts = [total - round(zeros) for zeros in closed.tolist()]
-            masks[kind] = _keep(self.blocks(kind, logits), counts).reshape(logits.shape)
+            kept = largest(self.blocks(kind, logits).reshape(-1, total), counts).reshape(logits.shape)
+            masks[kind] = _soft(logits, kept)
         return Masks(**masks)
 
     def blocks(self, kind: str, values: Tensor) -> Tensor:
-        """Values of the units of ``kind``, [..., units], as [..., blocks, units of a block]; see ``balance``."""
-        return values.reshape(*values.shape[:-1], self.block_counts[kind], -1)
+        """``Counts.split``."""
+        return self.units.split(kind, values)
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -174,10 +158,6 @@ def hard_concrete(logits: Tensor, noise: Tensor) -> Tensor:
     return hardtanh(low + (high - low) * concrete, 0.0, 1.0)
 
 
-def _keep(logits: Tensor, counts: list[int]) -> Tensor:
-    """Soft values of the ``counts[row]`` largest logits of each row, else 0; ``logits`` is [units] or [rows, units]."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    # Ranks of a stable sort: exact counts, and among ties the same choice on every machine (topk leaves it open).
-    ranks = rows.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    kept = ranks < torch.tensor(counts).unsqueeze(-1)
-    return torch.where(kept, torch.sigmoid(rows * (SHARPNESS / TEMPERATURE)), 0.0).reshape(logits.shape)
+def _soft(logits: Tensor, kept: Tensor) -> Tensor:
+    """Soft values of the kept units, else 0."""
+    return torch.where(kept, torch.sigmoid(logits * (SHARPNESS / TEMPERATURE)), 0.0)

@@ -2,18 +2,19 @@
 
 from typing import Any
 
-from shear_tron.pruning.gates import Gates
+from shear_tron.masks import Masks
 
 BLOCKS = 64  # an axis of more units is told in this many blocks of neighbours
 
 
-def snapshot(gates: Gates) -> dict[str, Any]:
+def snapshot(expected: Masks) -> dict[str, Any]:
     """For each kind of unit, the mean probability of being open, by layer and block of units (nested lists).
 
+    expected: each unit's (``Method.expected``).
     Kinds of at most BLOCKS units (a layer) are told unit by unit. A 7B model's snapshot takes 20 kB of JSON.
     """
     told = {}
-    for kind, probabilities in gates.expected().items():
+    for kind, probabilities in expected.items():
         blocks = probabilities.detach().tensor_split(min(BLOCKS, probabilities.shape[-1]), dim=-1)
         means = [block.mean(-1).double().tolist() for block in blocks]  # [blocks], or [blocks][layers]
         rounded = [[round(mean, 3) for mean in part] if isinstance(part, list) else round(part, 3) for part in means]

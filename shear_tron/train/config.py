@@ -13,7 +13,7 @@ from shear_tron.pruning.config import PruneConfig
 class TrainConfig(Section):
     """How long and in what portions. ``batch`` and ``micro_batch`` count sequences; a batch is all ranks' together."""
 
-    steps: PositiveInt  # updates of the weights
+    steps: int = Field(ge=0)  # updates of the weights; 0: only with `prune`, to choose units and be done
     batch: PositiveInt  # sequences of a step, all ranks' together
     micro_batch: PositiveInt = 1  # sequences that a rank runs at a time; the rest of its share is accumulated
     seed: int = Field(default=0, ge=0)  # of masks and of the order of samples

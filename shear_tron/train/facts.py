@@ -23,6 +23,7 @@ def facts(plan: Plan, topology: Topology, compute: torch.dtype) -> dict[str, Any
     return {
         "time": time.time(),
         "stage": "pruning" if target else "training",
+        "steps": plan.config.train.steps,
         "versions": {"shear-tron": _version(), "torch": torch.__version__, "python": platform.python_version()},
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),

@@ -1,8 +1,6 @@
 """A nanotron checkpoint with what its main branch needs to go on at once: tokenizer, the run's next samples, a YAML."""
 
-import os
 import shutil
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import huggingface, sharded
+from shear_tron.checkpoint.atomic import atomic
 from shear_tron.checkpoint.model_folder import Form, write_model
 from shear_tron.checkpoint.nanotron_config import MODEL, training
 from shear_tron.checkpoint.safetensors_stream import read_json
@@ -62,11 +61,8 @@ def hand_over(
     The samples are the very next ones that `shear-tron train` would draw after the checkpoint, in its order and under
     its mixture as it stands there. config.yaml names ``output`` by its absolute path. Returns a sentence.
     """
-    if output.exists():
-        raise ValueError(f"{output} exists; choose another folder or remove it")
     config, output = run.config, output.resolve()
-    partial = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    with atomic(output) as partial:
         said = write_model(partial, architecture, tensors, form, run.model)
         _copy_tokenizer(run.model, partial / "tokenizer")
         _write_samples(partial / SAMPLES, output / "tokenizer", run, samples)
@@ -82,10 +78,6 @@ def hand_over(
             optimizer=config.optimizer.model_dump(),
         )
         (partial / "config.yaml").write_text(yaml.safe_dump(yaml_file, sort_keys=False))
-        os.rename(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return f"{said}; {samples} samples; torchrun run_train.py --config-file {output / 'config.yaml'}"
 
 

@@ -3,11 +3,8 @@
 from math import isfinite
 from typing import Any
 
-import torch
-
 from shear_tron.parallel.agree import AgreedError, any_rank, first_text
 from shear_tron.train.evaluation import DomainLosses, not_finite
-from shear_tron.train.optimizer import finite_gradients
 
 
 class Health:
@@ -22,17 +19,17 @@ class Health:
         self.skipped = 0
         self.skipped_in_a_row = 0
 
-    def reason_to_skip(self, losses: DomainLosses, norm: float, pruning: torch.optim.Optimizer | None) -> str | None:
+    def reason_to_skip(self, losses: DomainLosses, norm: float, masks: bool) -> str | None:
         """What is not finite in this step on any rank, or None; counted. Collective.
 
-        losses, norm: of the step's batch, and of its gradient; pruning: the optimizer of gates and multipliers.
+        losses, norm: of the step's batch, and of its gradient; masks: whether what was learned about masks is finite.
         """
         why = None
         if not isfinite(losses.mean()):
             why = f"loss is {losses.mean()} in {', '.join(not_finite(losses.by_domain()))}"
         elif not isfinite(norm) or norm == 0.0:  # exactly 0 where activations overflow and a norm divides them away
             why = f"the gradient norm is {norm}"
-        elif pruning is not None and not finite_gradients(pruning):
+        elif not masks:
             why = "gradients of gates or multipliers are not finite"
         (skip,) = any_rank(why is not None)
         self.skipped += skip

@@ -24,14 +24,13 @@ from shear_tron.pruning.snapshot import snapshot
 from shear_tron.train.evaluation import DomainLosses, HeldOut, not_finite
 from shear_tron.train.facts import facts, peak_memory
 from shear_tron.train.health import Health
-from shear_tron.train.metrics import GATES, LOG, Log
+from shear_tron.train.metrics import GATES, LOG, REFERENCES, Log
 from shear_tron.train.optimizer import adamw, moments, start_moments
 from shear_tron.train.plan import CONFIG, Inputs, Plan
 from shear_tron.train.pruner import Pruner
 from shear_tron.train.schedule import learning_rate_factor
 from shear_tron.train.speed import StepCost
 
-REFERENCES = "reference_losses.json"
 SNAPSHOTS = 64  # of the gates in a run, about
 
 
@@ -90,6 +89,10 @@ class Trainer:
         if self.cost:
             self.cost.time_dense(*self.held_out.rows(torch.arange(self.share)))
         try:
+            if self.pruner and not self.step:
+                self._begin_pruning(self.pruner, batches, log)
+            # where there are no steps, only units to choose
+            line: dict[str, Any] = {"step": 0, "tokens": 0, "weights": self._weights()}
             while self.step < train.steps:
                 line = self._update(batches)
                 self.step += 1
@@ -117,12 +120,33 @@ class Trainer:
             log.close()
         return losses
 
+    def _begin_pruning(self, pruner: Pruner, batches: Batches, log: Log) -> None:
+        """Score units on a few batches, all of them open and the weights as they are; close those to close at once."""
+        count = pruner.config.batches_before
+        for step in range(-count, 0):
+            windows = batches.next()[0].to(self.topology.device)
+            sampled, gated = pruner.sample(step, self._own_microbatches())
+            self.engine.train(windows[:, :-1], windows[:, 1:], gated)
+            pruner.backward(step, sampled, gated)
+            self.optimizer.zero_grad()
+            if not pruner.is_finite():
+                raise AgreedError(f"scores of {self.config.model} are not finite; the model or the data is damaged")
+            pruner.step()
+        if count:
+            log.say(f"units scored on {count} batches, {count * self.config.train.batch} sequences")
+        pruner.begin(self.inputs.weights.read)
+
+    def _own_microbatches(self) -> range:
+        """This rank's, of the global batch."""
+        first = self.topology.dp_rank * self.plan.microbatches
+        return range(first, first + self.plan.microbatches)
+
     def _update(self, batches: Batches) -> dict[str, Any]:
         """One step: forward and backward of every microbatch, then weights and masks move. Returns its log line.
 
         Where a loss or gradient is not finite on any rank, nothing moves on any: the batch is used up, and named.
         """
-        start, dp_rank = time.perf_counter(), self.topology.dp_rank
+        start = time.perf_counter()
         train, optimizer = self.config.train, self.config.optimizer
         windows, domains = batches.next()
         waited = time.perf_counter() - start
@@ -131,8 +155,7 @@ class Trainer:
         sampled, gated = None, None
         began = time.perf_counter()
         if self.pruner:
-            mine = range(dp_rank * self.plan.microbatches, (dp_rank + 1) * self.plan.microbatches)
-            sampled, gated = self.pruner.sample(self.step, mine)
+            sampled, gated = self.pruner.sample(self.step, self._own_microbatches())
         found = self.engine.broadcast(self.engine.train(tokens, labels, gated), len(tokens))[0]
         report: dict[str, Any] = {}
         if self.pruner and sampled and gated:
@@ -142,7 +165,7 @@ class Trainer:
         norm = sync.clip(self.stages, optimizer.clip, self.topology)
         losses = DomainLosses.of(found, domains, self.inputs.names, self.topology)
         factor = learning_rate_factor(self.step, train.steps, optimizer.warmup_steps, optimizer.min_learning_rate)
-        why = self.health.reason_to_skip(losses, float(norm), self.pruner.optimizer if self.pruner else None)
+        why = self.health.reason_to_skip(losses, float(norm), self.pruner is None or self.pruner.is_finite())
         if why:
             last = batches.state()["number"] - 1
             report["skipped"] = f"{why}; samples {last - train.batch + 1} to {last} changed nothing"
@@ -153,7 +176,6 @@ class Trainer:
                 self.pruner.step(factor)
             self.optimizer.step()
         self.optimizer.zero_grad()
-        assert self.mixture is not None
         seconds = time.perf_counter() - start
         report["flops"] = self.dense_flops
         if self.cost and sampled and gated:
@@ -164,7 +186,7 @@ class Trainer:
             "tokens": (self.step + 1) * tokens_in_batch,  # so far
             "loss": losses.mean(),
             "domain_loss": losses.by_domain(),
-            "weights": dict(zip(self.inputs.names, self.mixture.weights.tolist(), strict=True)),
+            "weights": self._weights(),
             "gradient_norm": float(norm),
             "learning_rate": optimizer.learning_rate * factor,
             **report,
@@ -209,15 +231,21 @@ class Trainer:
             settings = settings.model_copy(update={"update": "constant"})
         return Mixture(self.inputs.names, self.inputs.proportions, references, settings)
 
+    def _weights(self) -> dict[str, float]:
+        assert self.mixture is not None
+        return dict(zip(self.inputs.names, self.mixture.weights.tolist(), strict=True))
+
     def _tell(self, log: Log, line: dict[str, Any]) -> None:
         if line["step"] % self.config.train.log_every == 0 or "held_out" in line or "skipped" in line:
             log.write(line)
         if self.pruner and (self.step % max(1, self.config.train.steps // SNAPSHOTS) == 0 or "held_out" in line):
-            log.write({"step": self.step} | snapshot(self.pruner.gates), GATES)
+            log.write({"step": self.step} | snapshot(self.pruner.method.expected()), GATES)
         if "skipped" in line:
             log.say(f"step {self.step} skipped: {line['skipped']}")
         if "held_out" in line:
             log.say(f"step {self.step}: held-out loss " + _listed(line["held_out"]))
+        if not self.step:
+            return
         shown = {"loss": f"{line['loss']:.3f}", "tokens/s": f"{line['tokens_per_second']:.0f}"}
         if "expected_sparsity" in line:
             shown["sparsity"] = f"{line['expected_sparsity']:.2f}/{line['target_sparsity']:.2f}"

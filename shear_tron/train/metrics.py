@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-LOG, GATES = "metrics.jsonl", "gates.jsonl"
+LOG, GATES, REFERENCES = "metrics.jsonl", "gates.jsonl", "reference_losses.json"
 
 
 class Log:
@@ -25,7 +25,7 @@ class Log:
         if self.run:
             for file in (run / LOG, run / GATES):
                 if file.exists():
-                    kept = [json.dumps(line) + "\n" for line in _lines(file) if _step(line) <= first]
+                    kept = [json.dumps(line) + "\n" for line in read_lines(file) if _step(line) <= first]
                     file.write_text("".join(kept))
         self.bar = tqdm(
             total=steps,
@@ -65,21 +65,29 @@ def _plain(value: Any) -> Any:
 
 def read(run: Path) -> list[dict[str, Any]]:
     """The steps of a run's log."""
-    return [line for line in _lines(run / LOG) if "step" in line]
+    return [line for line in read_lines(run / LOG) if "step" in line]
 
 
 def headers(run: Path) -> list[dict[str, Any]]:
     """What ran where: a record for each time the run was started; none in logs of older versions."""
-    return [line["run"] for line in _lines(run / LOG) if "run" in line]
+    return [line["run"] for line in read_lines(run / LOG) if "run" in line]
 
 
 def read_gates(run: Path) -> list[dict[str, Any]]:
     """Snapshots of the gates (``shear_tron.pruning.snapshot``), each with its ``step``; [] where none were pruned."""
-    return _lines(run / GATES) if (run / GATES).exists() else []
+    return read_lines(run / GATES)
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of ``file``. ValueError where one that is not the last is damaged."""
+def read_references(run: Path) -> dict[str, float]:
+    """The reference loss of each domain; {} where the run has none."""
+    file = run / REFERENCES
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of ``file``, [] where there is no file. ValueError where one that is not the last is damaged."""
+    if not file.exists():
+        return []
     text = file.read_text()
     whole = text[: text.rfind("\n") + 1].splitlines()
     try:

@@ -9,11 +9,13 @@ from tqdm import tqdm
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import huggingface, sharded
+from shear_tron.checkpoint.atomic import atomic
 from shear_tron.checkpoint.model_folder import Form, open_model, require_form, write_model
 from shear_tron.data.tokenizer import load
 from shear_tron.params import count, params
 from shear_tron.pruning.extract import extract as dense_model
-from shear_tron.pruning.gates import Gates
+from shear_tron.pruning.make import make_method
+from shear_tron.train.card import publish
 from shear_tron.train.handover import hand_over, require_samples
 from shear_tron.train.run_folder import RunFolder
 
@@ -30,14 +32,13 @@ def extract(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
     source = huggingface.read_architecture(run.model)
     target = run.config.prune.target.shape(source.shape)
     reader = sharded.Reader(run.checkpoint)
-    gates = Gates(source.shape, target, balance=run.config.prune.balance)
-    logits = {kind: reader.read(f"gates.{kind}") for kind in gates.logits}
-    for kind, values in logits.items():
-        if not bool(values.isfinite().all()):
-            raise ValueError(f"gates.{kind} holds NaN or infinite values in {run.path}; use an earlier one (--step)")
-    gates.load_state_dict(logits)
-    dense, tensors = dense_model(reader.read, gates.decide(), source)
-    said = _write(run, output, dense, tensors, form, samples)
+    method = make_method(run.config.prune, source, target)
+    for name, tensor in method.tensors().items():
+        tensor.copy_(reader.read(name))
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinite values in {run.path}; use an earlier one (--step)")
+    dense, tensors = dense_model(reader.read, method.decide(), source)
+    said = _write(run, output, dense, source, tensors, form, samples)
     return f"{output}: {count(dense):,} of {count(source):,} parameters, {dense.shape}{said}"
 
 
@@ -48,7 +49,7 @@ def export(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
     architecture = huggingface.read_architecture(run.model)
     reader = sharded.Reader(run.checkpoint)
     tensors = ((param.name, reader.read(param.name)) for param in params(architecture))
-    said = _write(run, output, architecture, tensors, form, samples)
+    said = _write(run, output, architecture, architecture, tensors, form, samples)
     return f"{output}: {count(architecture):,} parameters, {architecture.shape}{said}"
 
 
@@ -71,16 +72,24 @@ def _write(
     run: RunFolder,
     output: str,
     architecture: Architecture,
+    source: Architecture,
     tensors: Iterable[tuple[str, Tensor]],
     form: Form,
     samples: int,
 ) -> str:
+    verb = "export" if run.config.prune is None else "extract"
     require_form(architecture, form)
+    given = shown(tensors, architecture)
     if samples:
         require_samples(run, architecture, form, samples)
-        return "; " + hand_over(run, Path(output), architecture, shown(tensors, architecture), form, samples)
-    said = write_model(output, architecture, shown(tensors, architecture), form, run.model)
-    return f"; {said}" if said else ""
+        return "; " + hand_over(run, Path(output), architecture, given, form, samples)
+    if form.format != "huggingface":
+        said = write_model(output, architecture, given, form, run.model)
+        return f"; {said}" if said else ""
+    with atomic(output) as partial:
+        write_model(partial, architecture, given, form, run.model)
+        publish(run, partial, architecture, source, f"shear-tron {verb} {run.path} {output}")
+    return ""
 
 
 def shown(tensors: Iterable[tuple[str, Tensor]], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:

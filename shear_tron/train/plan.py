@@ -13,7 +13,7 @@ from shear_tron.config import ConfigError
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.mixture import Mixture
 from shear_tron.parallel.topology import Layout, choose_device
-from shear_tron.pruning.gates import Gates
+from shear_tron.pruning.make import make_method
 from shear_tron.shape import Shape
 from shear_tron.train.config import RunConfig
 
@@ -56,11 +56,13 @@ def plan(config: RunConfig, world: int) -> Plan:
     """Check sizes against each other. Reads no more than the model's config.json. Raises ValueError in one line."""
     architecture = read_architecture(config.model)
     target = None
+    if config.prune is None and not config.train.steps:
+        raise ConfigError("train.steps=0 is for choosing units with a `prune` section; use 1 or more steps")
     if config.prune is not None:
         target = config.prune.target.shape(architecture.shape)
-        Gates(architecture.shape, target, config.train.seed, balance=config.prune.balance)  # can be made
+        make_method(config.prune, architecture, target, config.train.seed)  # can be made
         architecture_config(architecture.resized(target), torch.float32)  # transformers will open the result
-        if config.train.steps <= config.prune.warmup_steps:
+        if config.train.steps < config.prune.warmup_steps + (config.prune.method == "hard_concrete"):
             raise ConfigError(
                 f"train.steps={config.train.steps} end before the target sparsity is reached at "
                 f"prune.warmup_steps={config.prune.warmup_steps}; use more steps or a shorter warm-up"

@@ -1,6 +1,6 @@
-"""The learning of masks within a training step: sample, pull gradients back, add the constraint, step."""
+"""The making of masks within a training step: sample, take their gradients, step; in any layout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from shear_tron.parallel import sync
 from shear_tron.parallel.tensor import keep_part
 from shear_tron.parallel.topology import Topology
 from shear_tron.pruning.config import PruneConfig
-from shear_tron.pruning.constraint import Constraint, parameter_groups
-from shear_tron.pruning.gates import Gates
+from shear_tron.pruning.make import make_method
+from shear_tron.pruning.scored import Scored
+from shear_tron.pruning.scores import chance, magnitude
 from shear_tron.shape import Shape
-from shear_tron.train.optimizer import moments, start_moments
+from shear_tron.train.optimizer import finite_gradients, moments, start_moments
 
 # Kept counts are padded up to a multiple of this: what matrix units like. On 2 CPU cores at hidden 1024, gates halfway,
 # forward and backward took 8.2 s unpadded, 6.2 s at 16 and 6.5 s at 64 (gates closed: 2.6, 2.2 and 2.4 s).
@@ -27,10 +28,10 @@ WHOLE = 15 / 16
 
 
 class Pruner:
-    """Gates and multipliers with their optimizer, alike on every rank.
+    """A method of making masks (``shear_tron.pruning``) and its optimizer if it learns, alike on every rank.
 
-    Within a step the model sees detached masks of each microbatch, leaves. ``backward`` then takes the gradients
-    they gathered through the sampler, once, sums them over ranks and adds the Lagrangian's.
+    Within a step the model sees detached masks of each microbatch, leaves. ``backward`` then hands the gradients they
+    gathered to the method.
     """
 
     def __init__(
@@ -42,22 +43,41 @@ class Pruner:
         topology: Topology,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.topology, self.source = topology, source.shape
+        self.topology, self.source, self.config, self.seed = topology, source, config, seed
         self.compact = config.compact
         self.pad_to = config.pad_to or PAD_TO[topology.device.type]
-        self.gates = Gates(source.shape, target, seed, dtype, config.balance)
-        self.constraint = Constraint(source, target, config.warmup_steps, dtype)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.gates, self.constraint, config.learning_rate))
+        self.method = make_method(config, source, target, seed, dtype)
+        groups = self.method.parameter_groups(config.learning_rate)
+        self.optimizer = torch.optim.AdamW(groups) if groups else None
         self.rate = config.learning_rate
+        self.ranks = _Ranks(topology)
+
+    def begin(self, read: Callable[[str], Tensor]) -> None:
+        """Before the first step of a new run: set the scores that are not learned, and close the first units.
+
+        read: from a parameter's name to its whole tensor in the source; one rank reads. Collective.
+        """
+        if not isinstance(self.method, Scored):
+            return
+        if self.config.method == "random":
+            self.method.set_scores(chance(self.seed, self.source))
+        elif self.config.method == "magnitude":
+            scores = {
+                kind: torch.zeros(scores.shape, dtype=torch.float64) for kind, scores in self.method.scores.items()
+            }
+            if self.topology.is_main:
+                scores |= magnitude(read, self.source)
+            self.method.set_scores({kind: sync.sum_over_ranks(own, self.topology) for kind, own in scores.items()})
+        self.method.close(0)
 
     def sample(self, step: int, microbatches: range) -> tuple[list[Masks], list[Context]]:
         """Masks of microbatches of the global batch, on the host with a graph and, as leaves, on the device."""
-        sampled = [self.gates.sample(step, number) for number in microbatches]
+        sampled = [self.method.sample(step, number) for number in microbatches]
         return sampled, [Context(masks.map(self._leaf), self._keep(masks)) for masks in sampled]
 
     def decided(self, final: bool) -> Context:
         """The masks of evaluations: those of the target's counts, or of the counts expected by now."""
-        masks = self.gates.decide() if final else self.gates.decide_expected()
+        masks = self.method.decide() if final else self.method.decide_now()
         return Context(masks.map(lambda mask: mask.to(self.topology.device)), self._keep(masks))
 
     def _leaf(self, mask: Tensor) -> Tensor:
@@ -67,44 +87,49 @@ class Pruner:
         layout, rank = self.topology.layout, self.topology.tp_rank
         if not self.compact:
             return None
-        return keep_part(masks, self.source, rank, layout.tp, self.pad_to, self.topology.device, WHOLE)
+        return keep_part(masks, self.source.shape, rank, layout.tp, self.pad_to, self.topology.device, WHOLE)
 
     def backward(self, step: int, sampled: Sequence[Masks], gated: Sequence[Context]) -> dict[str, Any]:
-        """Set the gradients of logits and multipliers. Returns the constraint's report and the multipliers."""
-        self.optimizer.zero_grad()
-        for logits in self.gates.logits.values():
-            logits.grad = torch.zeros_like(logits)
-        ends: list[Tensor] = []
-        grads: list[Tensor] = []
-        for masks, under in zip(sampled, gated, strict=True):
-            for (_, mask), (_, leaf) in zip(masks.items(), under.masks.items(), strict=True):
-                if leaf.grad is not None:
-                    ends.append(mask)
-                    grads.append(leaf.grad.to(mask.device))
-        if ends:  # a rank may hold only layers that were left out
-            torch.autograd.backward(ends, grads)
-        sync.sum_parts_mean_data([p.grad for p in self.gates.logits.values() if p.grad is not None], self.topology)
-        penalty, report = self.constraint.penalty(self.gates, step)
-        penalty.backward()  # type: ignore[no-untyped-call]
-        multipliers = {kind: pair.tolist() for kind, pair in self.constraint.multipliers.items()}
-        return {**report, "multipliers": multipliers}
+        """Hand the method what the leaves gathered in a step. Returns what it reports."""
+        own = len(sampled)
+        first, of = self.topology.dp_rank * own, self.topology.layout.dp * own
+        gradients = [
+            {kind: leaf.grad.cpu() for kind, leaf in under.masks.items() if leaf.grad is not None} for under in gated
+        ]
+        return self.method.learn(step, range(first, first + own), of, sampled, gradients, self.ranks)
 
-    def step(self, rate_factor: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * rate_factor
-        self.optimizer.step()
-        self.gates.clamp_()
+    def step(self, rate_factor: float = 1.0) -> None:
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate * rate_factor
+            self.optimizer.step()
+        self.method.advance()
+
+    def is_finite(self) -> bool:
+        """Whether what the method learned in this step may count."""
+        return self.method.is_finite() and (self.optimizer is None or finite_gradients(self.optimizer))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to checkpoint, by name; the tensors themselves."""
-        found = {}
-        for kind, logits in self.gates.logits.items():
-            found[f"gates.{kind}"] = logits.detach()
-            found |= moments(self.optimizer, {f"gates.{kind}": logits})
-        for kind, pair in self.constraint.multipliers.items():
-            found[f"multipliers.{kind}"] = pair.detach()
-            found |= moments(self.optimizer, {f"multipliers.{kind}": pair})
-        return found
+        found = self.method.tensors()
+        return found if self.optimizer is None else found | moments(self.optimizer, self.method.parameters())
 
     def begin_at(self, step: int) -> None:
-        start_moments(self.optimizer, step)
+        if self.optimizer is not None:
+            start_moments(self.optimizer, step)
+
+
+class _Ranks:
+    """``shear_tron.pruning.method.Ranks`` of a layout."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+
+    def gradient(self, tensors: Sequence[Tensor]) -> None:
+        sync.sum_parts_mean_data(tensors, self.topology)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return sync.sum_over_parts(tensor.to(self.topology.device), self.topology).cpu()
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        return sync.sum_over_data(tensor.to(self.topology.device), self.topology).cpu() / self.topology.layout.dp

@@ -40,6 +40,11 @@ class RunFolder:
         return cls(path, config, checkpoint, source)
 
     @property
+    def step(self) -> int:
+        """Of the checkpoint."""
+        return int(self.checkpoint.name.removeprefix("step-"))
+
+    @property
     def data(self) -> Path:
         """The folder of prepared data."""
         return _now(self.config.data.folder, self.path, self.config)

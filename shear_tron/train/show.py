@@ -4,6 +4,7 @@ from math import prod
 from typing import get_args
 
 from shear_tron.architecture import Architecture
+from shear_tron.checkpoint.gguf import without_k_quants
 from shear_tron.checkpoint.nanotron_config import Flavour, require
 from shear_tron.params import count, params
 from shear_tron.train.config import RunConfig
@@ -31,6 +32,8 @@ def _shapes(plan: Plan) -> list[str]:
         target = source.resized(plan.target)
         lines += [_shape("target", target), f"         keeps {count(target) / count(source):.1%}"]
         lines += [f"         {_nanotron(target)}"]
+        if refused := without_k_quants(plan.target):
+            lines += [f"         GGUF: k-quants want rows in multiples of 256, not {', '.join(refused)}"]
     return lines
 
 

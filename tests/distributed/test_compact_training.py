@@ -1,5 +1,7 @@
 """Law: a pruning run that leaves closed units out of its steps ends where the run that only masks them ends.
 
+So it is for every method of making masks, each with its own reference.
+
 Twenty steps as ``Trainer`` makes them, but in float64, on one rank and on eight. All kinds of structure close, whole
 layers stay out of whole steps, and a padded run keeps some closed units on purpose. Losses, masks, weights, gates and
 multipliers are those of one rank that only masks, within 1e-10, whatever the layout.
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shear_tron.architecture import Architecture
-from shear_tron.dims import KINDS
+from shear_tron.dims import CUT_KINDS, KINDS, sizes
 from shear_tron.model.transformer import Transformer
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
@@ -39,6 +41,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "compact": {"compact": True, "pad_to": 1},
     "padded": {"compact": True, "pad_to": 4},
 }
+SCORED = ("fisher", "magnitude", "random")
+for method in SCORED:
+    gradual = {"method": method, "warmup_steps": 12, "calibration_batches": 2, "balance": 2}
+    RUNS |= {f"{method}, {name}": RUNS[name] | gradual for name in ("masked", "compact")}
 LAYOUTS = {
     "one": Layout(),
     "all on 8": Layout(pp=2, shard=2, tp=2),
@@ -53,6 +59,11 @@ CASES = [
     ("all on 8", "compact"),
     ("replicas, interleaved", "padded"),
     ("deep pipeline", "compact"),
+    *(("one", f"{method}, masked") for method in SCORED),
+    *(("one", f"{method}, compact") for method in SCORED),
+    ("replicas, interleaved", "fisher, masked"),
+    *(("all on 8", f"{method}, compact") for method in SCORED),
+    ("deep pipeline", "fisher, compact"),
 ]
 
 Result = dict[str, Tensor]
@@ -91,7 +102,9 @@ def train(prune: PruneConfig, topology: Topology) -> Result:
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
     pruner = Pruner(Architecture(SOURCE), TARGET.shape(SOURCE), prune, 0, topology, torch.float64)
     way: list[Result] = []
-    for step in range(STEPS):
+    for step in range(-pruner.config.batches_before, STEPS):
+        if step == 0:
+            pruner.begin(InMemory().read)
         generator = torch.Generator().manual_seed(3000 + step)
         windows = torch.randint(SOURCE.vocab, (BATCH, TIME + 1), generator=generator).split(share)[dp_rank]
         sampled, gated = pruner.sample(step, range(dp_rank * count, (dp_rank + 1) * count))
@@ -100,8 +113,11 @@ def train(prune: PruneConfig, topology: Topology) -> Result:
         sync.clip(stages, CLIP, topology)
         pruner.backward(step, sampled, gated)
         pruner.step(1.0)
-        optimizer.step()
+        if step >= 0:
+            optimizer.step()
         optimizer.zero_grad()
+        if step < 0:  # calibration
+            continue
         widths = [
             SOURCE.hidden if under.keep is None or under.keep.hidden is None else len(under.keep.hidden)
             for under in gated
@@ -119,7 +135,7 @@ def train(prune: PruneConfig, topology: Topology) -> Result:
 
 def train_all(layout: Layout, names: list[str]) -> dict[str, Result]:
     topology = start(layout, torch.device("cpu"))
-    return {name: train(PruneConfig(target=TARGET, warmup_steps=1, **RUNS[name]), topology) for name in names}
+    return {name: train(PruneConfig(target=TARGET, **{"warmup_steps": 1} | RUNS[name]), topology) for name in names}
 
 
 @cache
@@ -128,8 +144,10 @@ def trained(layout: str) -> list[dict[str, Result]]:
     return run(LAYOUTS[layout].world, train_all, LAYOUTS[layout], [name for place, name in CASES if place == layout])
 
 
-def reference() -> Result:
-    return trained("one")[0]["masked"]
+def reference(name: str = "masked") -> Result:
+    """The run of one rank that only masks, by the method of run ``name``."""
+    method, comma, _ = name.partition(", ")
+    return trained("one")[0][f"{method}, masked" if comma else "masked"]
 
 
 def of_rank(name: str, whole: Tensor, dp: int, dp_rank: int) -> Tensor:
@@ -153,9 +171,28 @@ def test_the_run_prunes() -> None:
     assert min(moved.values()) > RATE
 
 
+@pytest.mark.parametrize("method", SCORED)
+def test_a_run_by_score_prunes_to_exact_counts_and_reopens_nothing(method: str) -> None:
+    """In every layer, and in each half of its key-value heads and columns, at every step; evenly over microbatches."""
+    result, target = reference(f"{method}, masked"), sizes(TARGET.shape(SOURCE))
+    for kind in KINDS:
+        open_ = result[f"masks.{kind}"] == 1
+        assert torch.equal(open_, result[f"masks.{kind}"] != 0)  # no soft values
+        assert (open_ == open_[:, :1]).all()
+        assert not (~open_[:-1] & open_[1:]).any()
+        size = open_.shape[-1]
+        for step, now in enumerate(open_[:, 0]):
+            closed = 1 - (1 - min(1.0, step / 12)) ** 3
+            blocks = now.unflatten(-1, (2 if kind in CUT_KINDS else 1, -1))
+            each = blocks.shape[-1]
+            kept = each - round((each - target[kind][-1] * each // size) * closed)
+            assert (blocks.sum(-1) == kept).all(), (kind, step)
+    assert len(result["masks.ffn"][-1, 0].unique(dim=0)) > 1  # layers choose for themselves
+
+
 @pytest.mark.parametrize(("layout", "name"), CASES[1:])
 def test_the_run_ends_where_one_masked_rank_ends(layout: str, name: str) -> None:
-    expected, dp, seen = reference(), LAYOUTS[layout].dp, set()
+    expected, dp, seen = reference(name), LAYOUTS[layout].dp, set()
     for result in (runs[name] for runs in trained(layout)):
         for key in result.keys() - {"width", "dp_rank"}:
             wanted = of_rank(key, expected[key], dp, int(result["dp_rank"]))
@@ -172,10 +209,10 @@ def test_the_run_leaves_out_what_it_should(layout: str, name: str) -> None:
 
     Where nearly all would be, all are.
     """
-    opened = (reference()["masks.hidden"] != 0).sum(-1)
-    multiple = {"masked": SOURCE.hidden, "compact": 1, "padded": 4}[name]
+    opened = (reference(name)["masks.hidden"] != 0).sum(-1)
+    multiple = {"masked": SOURCE.hidden, "compact": 1, "padded": 4}[name.rpartition(", ")[2]]
     whole = -(-opened // multiple) * multiple
-    assert (whole == opened).all() == (name == "compact")
+    assert (whole == opened).all() == name.endswith("compact")
     whole = whole.where(whole < SOURCE.hidden * WHOLE, SOURCE.hidden)
     for result in (runs[name] for runs in trained(layout)):
         assert torch.equal(result["width"], of_rank("width", whole, LAYOUTS[layout].dp, int(result["dp_rank"])))

@@ -73,9 +73,24 @@ def test_the_very_next_samples_go_along(pruned: Path, world: Path, tmp_path: Pat
     assert not (found[:8] == fresh[:8].numpy()).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "q8_0"])
+def test_to_gguf(dtype: str, pruned: Path, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    assert cli.main(["extract", str(pruned), str(tmp_path / "small")]) == 0
+    file = tmp_path / "out/small.gguf"
+    assert cli.main(["extract", str(pruned), str(file), "--to", "gguf", "--dtype", dtype]) == 0
+    before = LlamaForCausalLM.from_pretrained(tmp_path / "small")
+    after = LlamaForCausalLM.from_pretrained(tmp_path / "out", gguf_file="small.gguf", dtype=torch.float32)
+    for one, other in zip(before.parameters(), after.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=0 if dtype == "float32" else 1e-2)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        (["--to", "gguf"], "out is no name of a GGUF file; use"),
+        (["--dtype", "q8_0"], "dtype=q8_0 is GGUF's; for huggingface use float32, bfloat16 or float16"),
         (["--samples", "8"], "only nanotron's main branch reads token shards"),
         (["--to", "nanotron", "--flavour", "0.4", "--samples", "8"], "only nanotron's main branch"),
         (["--to", "nanotron", "--samples", "9"], "samples=9 are not whole steps; use a multiple of train.batch=8"),
@@ -129,3 +144,47 @@ def test_a_run_is_exported_from_elsewhere_and_after_it_moved(
     assert all(torch.equal(first[name], tensors(tmp_path / "told")[name]) for name in first)
     assert cli.main(["export", "lone", "gone"]) == 2
     assert "lone is no run folder" in capsys.readouterr().err
+
+
+def test_an_export_can_be_published(pruned: Path, world: Path, tmp_path: Path) -> None:
+    """A card with shape, lineage, mixture and losses; the lineage of a continued model tells of both runs."""
+    from transformers import GenerationConfig
+
+    from shear_tron.train import metrics
+
+    source = tmp_path / "big"
+    shutil.copytree(world / "model", source)
+    (source / "LICENSE").write_text("as is")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    assert cli.main(["extract", str(pruned), str(tmp_path / "small"), "--model", str(source)]) == 0
+    continued = [f"run={tmp_path}/run", f"model={tmp_path}/small", "prune=null", "train.steps=3"]
+    assert cli.main(["train", str(world / "prune.yaml"), *continued]) == 0
+    assert cli.main(["export", f"{tmp_path}/run", f"{tmp_path}/final"]) == 0
+    for folder in ("small", "final"):
+        assert (tmp_path / folder / "LICENSE").read_text() == "as is"
+        assert (tmp_path / folder / "chat_template.jinja").read_text() == "{{ messages }}"
+        assert GenerationConfig.from_pretrained(tmp_path / folder).eos_token_id is None
+
+    first, second = ((tmp_path / folder / "README.md").read_text() for folder in ("small", "final"))
+    assert "| source | 48 | 4 | 12 | 4 | 8 | 64 | 320 |\n| this model | 32 | 2 | 4 | 4 | 8 | 32 | 320 |" in first
+    lines = second.split("## Lineage\n\n")[1].split("\n\n")[0].splitlines()
+    assert lines[0] in first
+    assert "pruned to" in lines[0]
+    assert "7 steps, 896 tokens of 16 a sample" in lines[0]
+    assert f"shear-tron extract {pruned} {tmp_path}/small" in lines[0]
+    assert lines[1].startswith("1. small: ")
+    last = metrics.read(tmp_path / "run")[-1]
+    for name, loss in last["held_out"].items():
+        (row,) = [line for line in second.splitlines() if line.startswith(f"| {name} |")]
+        assert f"| {loss:.4f} |" in row
+        assert f"| {last['weights'][name]:.3f} |" in row
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_killed_export_left_is_cleared(pruned: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".small.0123abcd.partial/small"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".smaller.0123abcd.partial").mkdir()
+    assert cli.main(["extract", str(pruned), str(tmp_path / "small")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".smaller.0123abcd.partial", "small"]

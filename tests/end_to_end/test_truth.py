@@ -120,7 +120,7 @@ def test_skipping_survives_interruption_to_the_bit(
     break_steps({3}, monkeypatch.setattr)
     monkeypatch.setattr(Trainer, "_update", until)
     with pytest.raises(RuntimeError, match="the power went out"):
-        cli.main([*arguments, f"run={tmp_path}/run"])
+        cli.main([*arguments, f"run={tmp_path}/run", "--debug"])
     monkeypatch.undo()
     assert cli.main([*arguments, f"run={tmp_path}/run"]) == 0
     never, resumed = (sharded.latest(tmp_path / name) for name in ("never", "run"))

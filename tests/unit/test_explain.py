@@ -62,7 +62,7 @@ def test_the_page_is_the_code() -> None:
 
 def test_a_key_a_section_and_a_misspelling(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "--explain", "prune.warmup_steps"]) == 0
-    assert "prune.warmup_steps: whole number > 0; required" in capsys.readouterr().out
+    assert "prune.warmup_steps: whole number >= 0; required" in capsys.readouterr().out
     assert "prune.target.hidden" in explain("prune")
     assert "train.steps" not in explain("prune")
     assert "where" in explain("prepare.domains")

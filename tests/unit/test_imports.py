@@ -19,7 +19,8 @@ ARROWS = {
     "checkpoint": {*NOUNS, "parallel"},  # parallel.agree, no more
     "train": {*NOUNS, "config", "data", "pruning", "model", "parallel", "checkpoint"},
     "explain": {"config"},
-    "cli": {"config", "explain", "data", "parallel", "train", "checkpoint"},
+    "report": {"config", "train"},
+    "cli": {"config", "explain", "data", "parallel", "train", "checkpoint", "report"},
     "__main__": {"cli"},
 }
 DISTRIBUTED = {"parallel", "checkpoint"}

@@ -44,7 +44,7 @@ def test_a_snapshot_tells_means_of_blocks_by_layer() -> None:
     gates = Gates(source, Shape(hidden=100, layers=3, heads=4, kv_heads=4, head_dim=8, ffn=16, vocab=64))
     for logits in gates.logits.values():
         torch.nn.init.normal_(logits)
-    told, exact = snapshot(gates), dict(gates.expected().items())
+    told, exact = snapshot(gates.expected()), dict(gates.expected().items())
     assert told.keys() == {"hidden", "heads_per_group", "ffn"}
     assert torch.tensor(told["ffn"]).shape == (3, 32)
     torch.testing.assert_close(torch.tensor(told["ffn"]), exact["ffn"].detach(), atol=6e-4, rtol=0)

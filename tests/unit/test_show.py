@@ -68,6 +68,15 @@ def test_show_says_whether_nanotron_takes_the_target(
     assert said in shown(capsys, f"examples/{config}")
 
 
+def test_show_says_which_rows_k_quants_refuse(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    refused = "GGUF: k-quants want rows in multiples of 256, not ffn=5504"
+    assert refused in shown(capsys, "examples/sheared-llama/prune-1.3b.yaml")
+    assert "GGUF" not in shown(capsys, "examples/sheared-llama/prune-2.7b.yaml")
+
+
 @pytest.mark.parametrize(("name", "shape"), [("1.3b", SHEARED_1B), ("2.7b", SHEARED_3B)])
 def test_continued_examples_show(
     name: str, shape: Shape, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

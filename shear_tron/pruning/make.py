@@ -1,0 +1,25 @@
+"""From the ``prune`` section to the way of making masks that it names."""
+
+import torch
+
+from shear_tron.architecture import Architecture
+from shear_tron.pruning.config import PruneConfig
+from shear_tron.pruning.constraint import Constraint
+from shear_tron.pruning.gates import Gates
+from shear_tron.pruning.hard_concrete import HardConcrete
+from shear_tron.pruning.method import Method
+from shear_tron.pruning.scored import Scored
+from shear_tron.shape import Shape
+
+
+def make_method(
+    config: PruneConfig, source: Architecture, target: Shape, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Method:
+    """The method as it is before the first step. ValueError where the target does not fit."""
+    warmup, balance = config.warmup_steps, config.balance
+    if config.method == "hard_concrete":
+        return HardConcrete(
+            Gates(source.shape, target, seed, dtype, balance), Constraint(source, target, warmup, dtype)
+        )
+    decay = config.decay if config.method == "fisher" else None
+    return Scored(source, target, warmup, decay, config.batches_before, balance, dtype)

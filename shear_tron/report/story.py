@@ -1,0 +1,196 @@
+"""What runs have written in their folders, as one story: stage after stage, tokens counted from the beginning."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from shear_tron.config import ConfigError
+from shear_tron.report.units import SPARSITIES
+from shear_tron.train import metrics
+
+TOLERANCE = 0.01  # a kind whose expected sparsity ends further than this from the target's has missed it
+POINTS = 1500  # of a curve: more are more than a screen has columns
+SAMPLES = "samples.jsonl"  # lines of {"prompt", "text"}, if somebody recorded any
+
+Losses = dict[str, float]
+
+
+def sparsity_key(kind: str) -> str:
+    return f"{kind}_sparsity" if kind else "sparsity"
+
+
+@dataclass(frozen=True)
+class Miss:
+    """How near a kind of unit, or all parameters (kind ""), came to its target, in sparsities."""
+
+    kind: str
+    expected: float
+    target: float
+
+    @property
+    def key(self) -> str:
+        """In a log, after ``expected_`` and ``target_``."""
+        return sparsity_key(self.kind)
+
+    @property
+    def missed(self) -> bool:
+        return abs(self.expected - self.target) > TOLERANCE
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run. ``lines`` are its steps, thinned; their ``tokens`` count those of the stages before, ``start``."""
+
+    folder: Path
+    lines: list[dict[str, Any]]
+    gates: list[dict[str, Any]]
+    facts: dict[str, Any]
+    config: dict[str, Any]
+    references: Losses
+    samples: list[dict[str, Any]]
+    start: int
+    seconds: float  # of its steps, together
+    skipped: int  # steps that changed nothing, because something was not finite
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.lines[-1]
+
+    @property
+    def prunes(self) -> bool:
+        return self.config.get("prune") is not None
+
+    @property
+    def steps(self) -> int:
+        return int(self.facts.get("steps") or self.config["train"]["steps"])
+
+    @property
+    def finished(self) -> bool:
+        return int(self.last["step"]) >= self.steps
+
+    @property
+    def tokens(self) -> int:
+        """Seen in this stage."""
+        return int(self.last["tokens"]) - self.start
+
+    @property
+    def held_out(self) -> Losses | None:
+        """The newest evaluation."""
+        found = [line["held_out"] for line in self.lines if "held_out" in line]
+        return found[-1] if found else None
+
+    @property
+    def misses(self) -> list[Miss]:
+        """Parameters and each pruned kind at the end, against what was wanted then."""
+        return [
+            Miss(kind, self.last["expected_" + key], self.last["target_" + key])
+            for kind in SPARSITIES
+            if "expected_" + (key := sparsity_key(kind)) in self.last
+        ]
+
+
+@dataclass(frozen=True)
+class Story:
+    """Stages in order, and runs to compare their end with."""
+
+    stages: list[Stage]
+    baselines: list[Stage]
+
+    @property
+    def pruning(self) -> Stage | None:
+        return next((stage for stage in self.stages if stage.prunes), None)
+
+    @property
+    def source(self) -> Losses:
+        """Losses that the story starts from: the source's, or the references that the first stage was given."""
+        return self.stages[0].references
+
+    @property
+    def source_is_measured(self) -> bool:
+        return bool(self.stages[0].config["data"].get("reference_losses") == "source")
+
+    @property
+    def domains(self) -> list[str]:
+        return list(self.stages[0].last["weights"])
+
+    def table(self) -> list[tuple[str, Losses]]:
+        """Rows of held-out losses, from the source to the end, baselines last."""
+        rows = [("source" if self.source_is_measured else "reference", self.source)] if self.source else []
+        for stage in (*self.stages, *self.baselines):
+            if stage.held_out:
+                so_far = "" if stage.finished else f", step {stage.last['step']:,} of {stage.steps:,}"
+                rows.append((stage.name + so_far, stage.held_out))
+        return rows
+
+
+def mean(losses: Losses) -> float:
+    return fmean(losses.values())
+
+
+def read(runs: list[Path], baselines: list[Path]) -> Story:
+    """Read the story that ``runs`` tell in this order. Raises ValueError where one is no run or does not follow."""
+    stages: list[Stage] = []
+    for run in runs:
+        stage = _stage(run, int(stages[-1].last["tokens"]) if stages else 0)
+        if stages:
+            _require_follows(stages[-1], stage)
+        stages.append(stage)
+    return Story(stages, [_stage(run, 0) for run in baselines])
+
+
+def _stage(run: Path, start: int) -> Stage:
+    if not (run / metrics.LOG).exists():
+        raise ConfigError(
+            f"{run} holds no {metrics.LOG}; give the folder that the config names under `run`, after its first step"
+        )
+    lines, headers = metrics.read(run), metrics.headers(run)
+    if not lines:
+        raise ConfigError(f"{run} has not finished its first step yet; ask again when it has")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    batch = config["train"]["batch"] * config["data"]["sequence"]
+    for line in lines:  # logs of older versions do not count tokens
+        line["tokens"] = start + line.get("tokens", line["step"] * batch)
+        if None in line.get("held_out", {}).values():  # not a number, which ended the run
+            del line["held_out"]
+    snapshots = metrics.read_gates(run)
+    for snapshot in snapshots:
+        snapshot["tokens"] = start + snapshot["step"] * batch
+    return Stage(
+        run,
+        _thinned(lines),
+        snapshots,
+        headers[-1] if headers else {},
+        config,
+        metrics.read_references(run),
+        metrics.read_lines(run / SAMPLES),
+        start,
+        sum(line["seconds"] for line in lines) * lines[-1]["step"] / len(lines),
+        sum("skipped" in line for line in lines),
+    )
+
+
+def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every so many of ``lines``, and all that hold an evaluation, and the last."""
+    stride = -(-len(lines) // POINTS)
+    return [
+        line
+        for number, line in enumerate(lines)
+        if number % stride == 0 or "held_out" in line or number == len(lines) - 1
+    ]
+
+
+def _require_follows(before: Stage, after: Stage) -> None:
+    ends, begins = before.facts.get("target") or before.facts.get("shape"), after.facts.get("shape")
+    if ends and begins and ends != begins:
+        differs = next(key for key in ends if ends[key] != begins[key])
+        raise ConfigError(
+            f"{after.folder} starts from {differs}={begins[differs]}, but {before.folder} ends with "
+            f"{differs}={ends[differs]}; give runs in the order in which they were made, others as --baseline"
+        )

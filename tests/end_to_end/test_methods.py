@@ -1,0 +1,85 @@
+"""Methods of making masks beside the paper's: laws 6 and 12 on whole runs, and units chosen at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shear_tron import cli
+from shear_tron.checkpoint import sharded
+from shear_tron.checkpoint.huggingface import read_architecture
+from shear_tron.train import metrics
+from shear_tron.train.loop import Trainer
+
+SIZES = {"hidden": 32, "layers": 2, "heads": 8, "kv_heads": 4, "ffn": 32}
+
+
+def train(world: Path, run: Path, *overrides: str, debug: bool = False) -> None:
+    options = ["--debug"] if debug else []
+    config = [str(world / "prune.yaml"), f"run={run}", "data.update_every=0", *overrides]
+    assert cli.main(["train", *config, *options]) == 0
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = sharded.latest(run)
+    assert checkpoint is not None
+    reader = sharded.Reader(checkpoint)
+    return {name: reader.read(name) for name in reader.sizes}
+
+
+@pytest.mark.parametrize("method", ["fisher", "magnitude", "random"])
+def test_interrupted_and_resumed_is_never_interrupted_and_keeps_the_targets_counts(
+    world: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"prune.method={method}", "train.steps=8", "checkpoint.every=3", "prune.calibration_batches=2"]
+    train(world, tmp_path / "whole", *settings)
+    update = Trainer._update
+
+    def until(self: Trainer, batches: Any) -> dict[str, Any]:
+        if self.step == 4:  # a step after the checkpoint, between two closings
+            raise ValueError("the power went out")
+        return update(self, batches)
+
+    monkeypatch.setattr(Trainer, "_update", until)
+    with pytest.raises(RuntimeError, match="the power went out"):
+        train(world, tmp_path / "parts", *settings, debug=True)
+    monkeypatch.undo()
+    train(world, tmp_path / "parts", *settings)
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        assert torch.equal(whole[name], parts[name]), name
+
+    lines = metrics.read(tmp_path / "whole")
+    closed = [line["expected_ffn_sparsity"] for line in lines]
+    wanted = [0.5 * (1 - (1 - min(1, step / 6)) ** 3) for step in range(8)]
+    assert closed == pytest.approx(wanted, abs=0.5 / 64 + 1e-9)  # exact counts: to the nearest unit of 64
+    assert cli.main(["extract", str(tmp_path / "whole"), str(tmp_path / "small")]) == 0
+    shape = read_architecture(tmp_path / "small").shape
+    assert {name: getattr(shape, name) for name in SIZES} == SIZES
+
+
+def test_units_are_chosen_at_once_without_a_step(world: Path, tmp_path: Path) -> None:
+    """Score, cut, done; the weights are the source's, and the run's held-out losses those of the model cut out."""
+    once = ["prune.method=fisher", "prune.warmup_steps=0", "train.steps=0", "prune.calibration_batches=4"]
+    train(world, tmp_path / "once", *once)
+    train(world, tmp_path / "once", *once)  # again: the same, not an error
+    assert cli.main(["extract", str(tmp_path / "once"), str(tmp_path / "small")]) == 0
+    measured = ["prune=null", "train.steps=1", "optimizer.learning_rate=1e-12", f"model={tmp_path}/small"]
+    train(world, tmp_path / "measure", *measured)
+    cut, dense = (metrics.read(tmp_path / run)[-1]["held_out"] for run in ("once", "measure"))
+    assert dense == pytest.approx(cut, abs=1e-5)
+    random = [*once, "prune.method=random"]
+    train(world, tmp_path / "random", *random)
+    assert metrics.read(tmp_path / "random")[-1]["held_out"] != cut
+
+
+def test_training_without_steps_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for overrides, message in (
+        (["prune=null"], "train.steps=0 is for choosing units"),
+        ([], "end before the target sparsity is reached"),
+    ):
+        config = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", "train.steps=0", *overrides]
+        assert cli.main(config) == 2
+        assert message in capsys.readouterr().err

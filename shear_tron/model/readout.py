@@ -3,6 +3,7 @@
 from typing import Protocol
 
 import shear_kernels
+import torch
 from torch import Tensor
 
 from shear_tron.model.context import Context
@@ -41,7 +42,8 @@ class NextToken:
             all_reduce_max=split.all_reduce_max,
             all_reduce_sum=split.all_reduce_sum,
         )
-        return (loss.view_as(labels).sum(-1) / (labels >= 0).sum(-1).clamp(min=1))[None]
+        means = loss.view_as(labels).sum(-1) / (labels >= 0).sum(-1).clamp(min=1)
+        return torch.stack((means,))  # no view, of which FSDP warns
 
 
 NEXT_TOKEN = NextToken()

@@ -13,12 +13,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 HERE = Path("examples/smollm2")
 RUNS = Path("runs/smollm2")
+PROMPT = "The history of the English language"
 
 
 def main() -> None:
@@ -57,14 +57,14 @@ def step(title: str, command: list[str], threads: int = os.cpu_count() or 1) -> 
 
 def report(seconds: float) -> None:
     """Open the result as any user would, and say what became of the model."""
-    from figure import draw
     from transformers import AutoTokenizer, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     from shear_tron.checkpoint.huggingface import Weights, read_architecture
     from shear_tron.model.transformer import Transformer
     from shear_tron.params import count, params
-    from shear_tron.train import metrics
+    from shear_tron.report.story import SAMPLES, mean, read
+    from shear_tron.report.write import write
 
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(RUNS / "final")
@@ -73,28 +73,25 @@ def report(seconds: float) -> None:
     weights = Weights.open(RUNS / "final", architecture)
     ours = Transformer(architecture)
     ours.load_state_dict({param.name: weights.read(param.name) for param in params(architecture)})
-    prompt = tokenizer("The history of the English language", return_tensors="pt").input_ids
+    prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
         difference = (ours(prompt) - theirs(prompt).logits).abs().max().item()
         continued = theirs.generate(prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)
 
-    pruning, continuing = metrics.read(RUNS / "prune"), metrics.read(RUNS / "continue")
-    source = json.loads((RUNS / "prune" / "reference_losses.json").read_text())
-    rows: list[tuple[str, dict[str, Any]]] = [
-        ("source", source),
-        ("pruned", pruning[-1]["held_out"]),
-        ("continued", continuing[-1]["held_out"]),
-    ]
-    print("\n\033[1mheld-out loss, nats a token\033[0m")
-    print(f"{'':12}" + "".join(f"{name:>8}" for name in source) + f"{'mean':>8}")
+    sample = {"prompt": PROMPT, "text": tokenizer.decode(continued[0, prompt.shape[1] :])}
+    (RUNS / "continue" / SAMPLES).write_text(json.dumps(sample) + "\n")
+    runs = [RUNS / "prune", RUNS / "continue"]
+    page, *_ = write(runs, [], str(RUNS / "report.html"), str(RUNS / "figures"))
+    rows = read(runs, []).table()
+    print("\n\033[1mheld-out loss, nats per token\033[0m")
+    print(f"{'':12}" + "".join(f"{name:>8}" for name in rows[0][1]) + f"{'mean':>8}")
     for title, losses in rows:
-        mean = sum(losses.values()) / len(losses)
-        print(f"{title:12}" + "".join(f"{losses[name]:8.3f}" for name in source) + f"{mean:8.3f}")
+        print(f"{title:12}" + "".join(f"{loss:8.3f}" for loss in (*losses.values(), mean(losses))))
     before, after = count(read_architecture(RUNS / "model")), count(architecture)
     print(f"\nparameters   {before:,} -> {after:,} ({after / before:.1%}): {architecture.shape}")
     print(f"logits       transformers and shear-tron differ by at most {difference:.1e}")
-    print(f"it says      {tokenizer.decode(continued[0])!r}")
-    print(f"figure       {draw(RUNS)}")
+    print(f"it says      {PROMPT + sample['text']!r}")
+    print(f"report       {page.resolve()}")
     print(f"model        {(RUNS / 'final').resolve()}")
     print(f"time         {seconds / 60:.1f} minutes")
 

@@ -119,7 +119,9 @@ def _domain(story: Story) -> alt.Color:
 def _sparsities(stage: Stage) -> dict[str, Figure]:
     """A panel a kind: sparsity expected against wanted, its end marked, with the size of a miss."""
     ends = stage.misses
-    top = max(line[f"{which}_{end.key}"] for line in stage.lines for end in ends for which in ("expected", "target"))
+    top = 1.06 * max(
+        line[f"{which}_{end.key}"] for line in stage.lines for end in ends for which in ("expected", "target")
+    )
     x = alt.X("step:Q", title="pruning step", scale=alt.Scale(nice=False))
     y = alt.Y("sparsity:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, top]))
     panels = {}
@@ -138,7 +140,7 @@ def _sparsities(stage: Stage) -> dict[str, Figure]:
             chart([expected[-1]]).mark_point(filled=True, opacity=1, **mark).encode(x=x, y=y),
         ).properties(
             height=SMALL,
-            title=alt.TitleParams(SPARSITIES[end.kind], subtitle=verdict(end, stage.finished)),
+            title=alt.TitleParams(SPARSITIES[end.kind], subtitle=verdict(end, stage.finished).split(": ")),
         )
     return panels
 

@@ -56,25 +56,6 @@ def render(story: Story) -> str:
     )
 
 
-def pictures(story: Story, folder: Path) -> list[Path]:
-    """Write every figure as PNG and SVG, on white, sized for a column of a paper. Returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn: dict[str, Any] = {name: chart.properties(width=360) for name, chart in figures(story).items()}
-    panels = [drawn.pop(name).properties(width=170) for name in list(drawn) if name.startswith("sparsity-")]
-    if story.pruning:
-        if panels:
-            drawn["sparsity"] = alt.concat(*panels, columns=3)
-        if story.pruning.gates:
-            drawn["gates"] = gates.panorama(story.pruning)
-    written = []
-    for name, chart in drawn.items():
-        spec = {**chart.to_dict(), "config": {**theme.config(theme.LIGHT), "background": "white"}}
-        (folder / f"{name}.svg").write_text(vl_convert.vegalite_to_svg(spec))
-        (folder / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=3))
-        written += [folder / f"{name}.svg", folder / f"{name}.png"]
-    return written
-
-
 def _fitted(chart: Figure) -> dict[str, Any]:
     """As wide as the column it stands in; the page's theme colours it."""
     spec: dict[str, Any] = chart.properties(width="container").to_dict()

@@ -10,7 +10,8 @@ def write(runs: list[Path], baselines: list[Path], output: str | None, png: str 
     """Write the report of ``runs``. Returns the files. Raises ValueError where a folder tells nothing."""
     story = read(runs, baselines)
     try:
-        from shear_tron.report.page import pictures, render
+        from shear_tron.report.page import render
+        from shear_tron.report.pictures import pictures
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed; run: pip install 'shear-tron[report]'") from None
     page = Path(output) if output else runs[-1] / "report.html"

@@ -51,6 +51,13 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 2  # the newest that stay on disk
 
 
+class LogConfig(Section):
+    """Where else the steps' numbers go; ``metrics.jsonl`` in the run's folder always has them."""
+
+    tensorboard: bool = False  # event files in the run's folder; needs shear-tron[tensorboard]
+    wandb: str | None = None  # project at Weights & Biases; needs shear-tron[wandb]; offline with WANDB_MODE=offline
+
+
 class RunConfig(Section):
     """One run of ``shear-tron train``: pruning if ``prune`` is there, (continued) pre-training if not."""
 
@@ -60,5 +67,6 @@ class RunConfig(Section):
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
     prune: PruneConfig | None = None
     parallel: ParallelConfig = ParallelConfig()

@@ -30,6 +30,7 @@ from shear_tron.train.plan import CONFIG, Inputs, Plan
 from shear_tron.train.pruner import Pruner
 from shear_tron.train.schedule import learning_rate_factor
 from shear_tron.train.speed import StepCost
+from shear_tron.train.viewers import viewers
 
 SNAPSHOTS = 64  # of the gates in a run, about
 
@@ -76,7 +77,8 @@ class Trainer:
         """Train to the last step, from the newest checkpoint if there is one. Returns final held-out losses."""
         train, data, every = self.config.train, self.config.data, self.config.checkpoint.every
         resumed = self._resume()
-        log = Log(self.run, self.step, train.steps, self._title(), self.topology.is_main)
+        seen_by = viewers(self.run, self.step, self.config) if self.topology.is_main else []
+        log = Log(self.run, self.step, train.steps, self._title(), self.topology.is_main, seen_by)
         if resumed:
             log.say(f"going on from step {self.step} of {self.run}")
         elif self.topology.is_main:

@@ -7,12 +7,14 @@ line that is not whole is not there.
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from shear_tron.train.viewers import Viewer, numbers
 
 LOG, GATES, REFERENCES = "metrics.jsonl", "gates.jsonl", "reference_losses.json"
 
@@ -20,8 +22,11 @@ LOG, GATES, REFERENCES = "metrics.jsonl", "gates.jsonl", "reference_losses.json"
 class Log:
     """The main rank's log; on other ranks it is silent. Lines after step ``first`` are dropped: undone."""
 
-    def __init__(self, run: Path, first: int, steps: int, title: str, is_main: bool) -> None:
+    def __init__(
+        self, run: Path, first: int, steps: int, title: str, is_main: bool, viewers: Sequence[Viewer] = ()
+    ) -> None:
         self.run = run if is_main else None
+        self.viewers = viewers if is_main else ()
         if self.run:
             for file in (run / LOG, run / GATES):
                 if file.exists():
@@ -41,6 +46,9 @@ class Log:
         if self.run:
             with (self.run / file).open("a") as out:
                 out.write(json.dumps(_plain(values), allow_nan=False) + "\n")
+            if file == LOG and "step" in values:
+                for viewer in self.viewers:
+                    viewer.write(values["step"], dict(numbers(values)))
 
     def advance(self, **shown: str) -> None:
         self.bar.set_postfix(shown, refresh=False)
@@ -52,6 +60,8 @@ class Log:
 
     def close(self) -> None:
         self.bar.close()
+        for viewer in self.viewers:
+            viewer.close()
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from shear_tron.data.mixture import Mixture
 from shear_tron.parallel.topology import Layout, choose_device
 from shear_tron.pruning.make import make_method
 from shear_tron.shape import Shape
+from shear_tron.train import viewers
 from shear_tron.train.config import RunConfig
 
 CONFIG = "config.yaml"
@@ -23,6 +24,7 @@ CONFIG = "config.yaml"
 MAY_CHANGE = (
     "run", "parallel", "train.steps", "train.device", "train.activation_checkpointing", "train.log_every",
     "train.max_skipped", "checkpoint.every", "checkpoint.keep", "prune.compact", "prune.pad_to", "data.evaluate_every",
+    "log",
 )  # fmt: skip
 
 
@@ -80,6 +82,7 @@ def plan(config: RunConfig, world: int) -> Plan:
 def inputs(plan: Plan) -> Inputs:
     """Open weights and data and check them against the model. Raises ValueError in one line."""
     config, shape = plan.config, plan.architecture.shape
+    viewers.require(config.log)
     weights = Weights.open(config.model, plan.architecture)
     manifest = Manifest.read(config.data.folder, tokenizer=config.model, vocab=shape.vocab)
     mixture = _mixture(config.data.weights, manifest)

@@ -5,40 +5,19 @@ Verbs import what they need when they run, so that ``--help`` and ``config`` ans
 
 import argparse
 import json
-import keyword
 import os
 import subprocess
 import sys
 import tempfile
 import traceback
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from shear_tron.arguments import parse
 
 if TYPE_CHECKING:
     from shear_tron.checkpoint.model_folder import Form
     from shear_tron.train.run_folder import RunFolder
-
-VERBS = {
-    "prepare": "tokenise domains of text into shards",
-    "stats": "how much there is of each prepared domain",
-    "config": "every key of a configuration explained",
-    "show": "dry run: counts, what ranks hold, whether all fits",
-    "train": "prune (given a `prune` section) or pre-train",
-    "extract": "write a pruning run's dense model: Hugging Face, nanotron, GGUF",
-    "export": "write a training run's model: Hugging Face, nanotron, GGUF",
-    "import": "make a Hugging Face folder of a nanotron checkpoint",
-    "report": "what runs did, as one HTML page; also while they run",
-    "reference-loss": "reference losses of domains, predicted or measured",
-    "bench": "the kernel benchmark; without a GPU its rooflines",
-}
-OVERRIDABLE = ("prepare", "show", "train", "reference-loss")  # they read a config
-EXAMPLE = """\
-example, on one machine with two ranks:
-  shear-tron prepare prepare.yaml
-  shear-tron train prune.yaml --nproc 2 train.steps=400
-  shear-tron extract runs/prune models/small
-"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,10 +25,10 @@ def main(argv: list[str] | None = None) -> int:
 
     Anything else that goes wrong is one line too, and status 1; ``--debug`` shows where.
     """
-    arguments = _parse(argv)
+    arguments = parse(argv)
     try:
         name = arguments.verb.replace("-", "_")
-        status = int(globals()[f"{name}_" if keyword.iskeyword(name) else name](arguments) or 0)
+        status = int((globals().get(f"{name}_") or globals()[name])(arguments) or 0)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader, such as `head`, has had enough
@@ -71,76 +50,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"shear-tron {arguments.verb}: {_in_one_line(error)}", file=sys.stderr)
         return 1
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="shear-tron",
-        usage="shear-tron VERB ...",
-        description="Shear a large language model down to a shape you choose.",
-        epilog=EXAMPLE,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=20),
-    )
-    parser.add_argument("--version", action="version", version=f"shear-tron {_version()}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="", title="verbs (VERB --help tells more)")
-    for verb, text in VERBS.items():
-        sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
-        _arguments(verb, sub)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments, options = parser.parse_known_args(argv)
-    if options and arguments.verb != "bench":  # bench hands its options to kernels/bench/run.py
-        parser.error(f"unrecognized arguments: {' '.join(options)}")
-    arguments.options = options
-    return arguments
-
-
-def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
-    """What each verb takes."""
-    if verb in OVERRIDABLE:
-        sub.add_argument("config", help="YAML file")
-        sub.add_argument("overrides", nargs="*", metavar="section.key=value")
-    if verb == "config":
-        sub.add_argument("key", nargs="?", default="", metavar="section.key", help="default: all")
-        sub.add_argument("--explain", action="store_true", help="accepted and implied")
-        sub.add_argument("--markdown", action="store_true", help="the whole reference, as docs/config.md has it")
-    if verb == "train":
-        sub.add_argument("--nproc", type=int, default=None, help="ranks to start on this machine; torchrun for more")
-    if verb == "report":
-        sub.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, in the order they were made")
-        sub.add_argument("--output", default=None, metavar="HTML", help="default: report.html in the last run")
-        sub.add_argument("--baseline", action="append", default=[], metavar="RUN", help="compare the end with it")
-        sub.add_argument("--png", default=None, metavar="DIR", help="write the figures as PNG and SVG too")
-    if verb == "show":
-        sub.add_argument("--world", type=int, default=None, help="ranks to plan for; default: the fewest that fit")
-    if verb == "prepare":
-        sub.add_argument("--stats", nargs="?", const="", metavar="PNG", help="like `stats` of its output")
-    if verb == "stats":
-        sub.add_argument("folder", help="made by `shear-tron prepare`")
-        sub.add_argument("picture", nargs="?", metavar="PNG", help="draw tokens and document lengths there")
-    if verb in ("extract", "export"):
-        sub.add_argument("run", help="folder of the run")
-        sub.add_argument("output", help="folder (for gguf: file) to write; must not exist")
-        sub.add_argument("--step", type=int, default=None, help="checkpoint to take; default: the newest")
-        sub.add_argument("--model", default=None, help="where the run's source model is; default: where it was")
-        sub.add_argument("--to", choices=["huggingface", "nanotron", "gguf"], default="huggingface")
-        sub.add_argument("--flavour", choices=["main", "0.4"], default="main", help="of nanotron")
-        sub.add_argument("--tp", type=int, default=1, help="pieces of every tensor, for nanotron; any can be read")
-        sub.add_argument("--samples", type=int, default=0, help="of the run's next samples to hand to nanotron")
-    if verb == "import":
-        sub.add_argument("checkpoint", help="folder that nanotron saved")
-        sub.add_argument("output", help="Hugging Face folder to write; must not exist")
-        sub.add_argument("--tokenizer", required=True, help="folder of the model's tokenizer")
-    if verb in ("extract", "export", "import"):
-        default = None if verb == "import" else "float32"  # None: as it is stored
-        q8_0 = [] if verb == "import" else ["q8_0"]  # of GGUF
-        sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16", *q8_0], default=default)
-
-
-def _version() -> str:
-    try:
-        return version("shear-tron")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def _in_one_line(error: Exception) -> str:
@@ -267,6 +176,23 @@ def report(arguments: argparse.Namespace) -> None:
     baselines = [Path(run) for run in arguments.baseline]
     for file in write([Path(run) for run in arguments.runs], baselines, arguments.output, arguments.png):
         print(file)
+
+
+def eval_(arguments: argparse.Namespace) -> None:
+    from shear_tron.use.compare import compare, table
+
+    result = compare(arguments.models, arguments.data, arguments.sequence, arguments.windows, arguments.batch)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    from shear_tron.use.generate import generate as run
+
+    options = {key: getattr(arguments, key) for key in ("tokens", "temperature", "seed", "chat")}
+    run(arguments.model, arguments.prompt, say=lambda text: print(text, end="", flush=True), **options)
+    print()
 
 
 def reference_loss(arguments: argparse.Namespace) -> None:

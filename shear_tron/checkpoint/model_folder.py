@@ -44,9 +44,13 @@ class Form:
 
 def open_model(folder: str | Path) -> Model:
     """The model in a Hugging Face folder or a nanotron checkpoint, found whole; ValueError where it is neither."""
-    if (Path(folder) / NANOTRON).exists():
+    if is_nanotron(folder):
         return nanotron.Checkpoint.open(folder)
     return huggingface.Weights.open(folder, huggingface.read_architecture(folder))
+
+
+def is_nanotron(folder: str | Path) -> bool:
+    return (Path(folder) / NANOTRON).exists()
 
 
 def require_form(architecture: Architecture, form: Form) -> None:

@@ -7,6 +7,7 @@ converting one into the other changes ids (merge order, white-space runs) in mos
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -47,6 +48,11 @@ class Tokenizer:
         self.vocab = max(self._ids.values()) + 1
         self.bos, self.eos = (_special_token(file.parent, name) for name in ("bos_token", "eos_token"))
         self._encode = self._encode_json
+        parts = json.loads(content)
+        pieces = bool(parts["model"].get("byte_fallback"))
+        byte_level = "ByteLevel" in json.dumps(parts.get("decoder") or {})
+        self._is_byte_level: bool | None = None if pieces == byte_level else byte_level
+        self._special = {added["id"] for added in parts.get("added_tokens", []) if added.get("special")}
 
     def _load_sentencepiece(self, file: Path) -> None:
         import sentencepiece
@@ -62,6 +68,8 @@ class Tokenizer:
             self._library.id_to_piece(i) if i >= 0 else None for i in (self._library.bos_id(), self._library.eos_id())
         )
         self._encode = self._encode_sentencepiece
+        self._is_byte_level = False
+        self._special = {i for i in range(self.vocab) if self._library.is_control(i) or self._library.is_unknown(i)}
 
     def _encode_json(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False)]
@@ -72,6 +80,25 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with no special tokens added."""
         return self._encode(list(texts))
+
+    def byte_lengths(self) -> list[int] | None:
+        """Bytes of text that each id spells, 0 for special tokens; None for a tokenizer whose tokens do not say.
+
+        SentencePiece's dummy space at the start of a document counts as one.
+        """
+        if self._is_byte_level is None:
+            return None
+        lengths = [0] * self.vocab
+        for token, i in self._ids.items():
+            if i in self._special:
+                continue
+            if self._is_byte_level:  # every character stands for a byte
+                lengths[i] = len(token)
+            elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+                lengths[i] = 1
+            else:
+                lengths[i] = len(token.replace("\u2581", " ").encode())
+        return lengths
 
     def id(self, token: str) -> int:
         """The id of a token string. Raises ValueError for a token that is not in the vocabulary."""

@@ -1,6 +1,9 @@
 """From the ``prune`` section to the way of making masks that it names."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from shear_tron.architecture import Architecture
 from shear_tron.pruning.config import PruneConfig
@@ -23,3 +26,16 @@ def make_method(
         )
     decay = config.decay if config.method == "fisher" else None
     return Scored(source, target, warmup, decay, config.batches_before, balance, dtype)
+
+
+def read_method(config: PruneConfig, source: Architecture, target: Shape, read: Callable[[str], Tensor]) -> Method:
+    """The method as a checkpoint left it. read: from a name in the checkpoint to the tensor.
+
+    ValueError where a value is not finite.
+    """
+    method = make_method(config, source, target)
+    for name, tensor in method.tensors().items():
+        tensor.copy_(read(name))
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinite values; use an earlier checkpoint (--step)")
+    return method

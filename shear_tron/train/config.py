@@ -32,6 +32,13 @@ class TrainConfig(Section):
         return self
 
 
+class ScheduleConfig(Section):
+    """A schedule of which a run is a part: pruning and continued pre-training under one warm-up and one cosine."""
+
+    steps: PositiveInt  # of all its runs together
+    before: int = Field(default=0, ge=0)  # steps of it that earlier runs have made
+
+
 class OptimizerConfig(Section):
     """AdamW and its rate: linear warm-up, then a cosine. The defaults are the paper's (section 3.1)."""
 
@@ -42,6 +49,8 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)  # memory of the two moments
     eps: float = Field(default=1e-8, gt=0)  # added to the root of the second moment
     clip: float = Field(default=1.0, gt=0)  # global gradient norm
+    schedule: ScheduleConfig | None = None  # none: the schedule is this run's alone, as in the paper
+    moments: str | None = None  # a pruning run: go on with its Adam moments, cut as the model was; none: from zero
 
 
 class CheckpointConfig(Section):

@@ -25,10 +25,12 @@ from shear_tron.train.evaluation import DomainLosses, HeldOut, not_finite
 from shear_tron.train.facts import facts, peak_memory
 from shear_tron.train.health import Health
 from shear_tron.train.metrics import GATES, LOG, REFERENCES, Log
-from shear_tron.train.optimizer import adamw, moments, start_moments
-from shear_tron.train.plan import CONFIG, Inputs, Plan
+from shear_tron.train.moments import go_on_with
+from shear_tron.train.optimizer import adamw, moments, set_updates, start_moments
+from shear_tron.train.plan import Inputs, Plan
 from shear_tron.train.pruner import Pruner
-from shear_tron.train.schedule import learning_rate_factor
+from shear_tron.train.run_folder import CONFIG
+from shear_tron.train.schedule import rate_factor
 from shear_tron.train.speed import StepCost
 from shear_tron.train.viewers import viewers
 
@@ -66,6 +68,7 @@ class Trainer:
             self.cost = StepCost(self.engine, topology, train.micro_batch * sequence, sequence)
         start_moments(self.optimizer, 0)
         self.step = 0  # batches used
+        self.updates_before = 0  # of the optimizer, in the run whose moments this one goes on with
         self.health = Health(train.max_skipped)
         self.mixture: Mixture | None = None
         self.sampler = Sampler(inputs.manifest, inputs.names, self.config.data.sequence, train.seed)
@@ -92,7 +95,9 @@ class Trainer:
             self.cost.time_dense(*self.held_out.rows(torch.arange(self.share)))
         try:
             if self.pruner and not self.step:
-                self._begin_pruning(self.pruner, batches, log)
+                log.say(f"scoring units on {self.pruner.config.batches_before} batches")
+                self.pruner.calibrate(self.engine, batches, self._own_microbatches())
+                self.pruner.begin(self.inputs.weights.read)
             # where there are no steps, only units to choose
             line: dict[str, Any] = {"step": 0, "tokens": 0, "weights": self._weights()}
             while self.step < train.steps:
@@ -122,22 +127,6 @@ class Trainer:
             log.close()
         return losses
 
-    def _begin_pruning(self, pruner: Pruner, batches: Batches, log: Log) -> None:
-        """Score units on a few batches, all of them open and the weights as they are; close those to close at once."""
-        count = pruner.config.batches_before
-        for step in range(-count, 0):
-            windows = batches.next()[0].to(self.topology.device)
-            sampled, gated = pruner.sample(step, self._own_microbatches())
-            self.engine.train(windows[:, :-1], windows[:, 1:], gated)
-            pruner.backward(step, sampled, gated)
-            self.optimizer.zero_grad()
-            if not pruner.is_finite():
-                raise AgreedError(f"scores of {self.config.model} are not finite; the model or the data is damaged")
-            pruner.step()
-        if count:
-            log.say(f"units scored on {count} batches, {count * self.config.train.batch} sequences")
-        pruner.begin(self.inputs.weights.read)
-
     def _own_microbatches(self) -> range:
         """This rank's, of the global batch."""
         first = self.topology.dp_rank * self.plan.microbatches
@@ -166,7 +155,7 @@ class Trainer:
         sync.sum_tied(self.stages, self.topology)
         norm = sync.clip(self.stages, optimizer.clip, self.topology)
         losses = DomainLosses.of(found, domains, self.inputs.names, self.topology)
-        factor = learning_rate_factor(self.step, train.steps, optimizer.warmup_steps, optimizer.min_learning_rate)
+        factor = rate_factor(self.config, self.step)
         why = self.health.reason_to_skip(losses, float(norm), self.pruner is None or self.pruner.is_finite())
         if why:
             last = batches.state()["number"] - 1
@@ -264,6 +253,7 @@ class Trainer:
         assert self.mixture is not None
         progress = {
             "step": self.step,
+            "updates_before": self.updates_before,
             "health": self.health.state(),
             "sampler": batches.state(),
             "mixture": self.mixture.state(),
@@ -276,12 +266,18 @@ class Trainer:
         checkpoint = sharded.latest(self.run)
         self.run.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
+            if earlier := self.config.optimizer.moments:
+                named = {name: p for stage in self.stages for name, p in stage.named_parameters()}
+                tensors = moments(self.optimizer, named)
+                self.updates_before = go_on_with(earlier, self.run, tensors, self.topology.is_main)
+                set_updates(self.optimizer, self.updates_before)
             return 0
         progress = sharded.progress(checkpoint)
+        self.updates_before = progress["updates_before"]
         self.step = progress["step"]
         self.health.restore(progress["health"])
         updates = self.step - self.health.skipped
-        start_moments(self.optimizer, updates)
+        start_moments(self.optimizer, self.updates_before + updates)
         if self.pruner:
             self.pruner.begin_at(updates)
         sharded.load(checkpoint, self._tensors())

@@ -33,6 +33,12 @@ def start_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
             }
 
 
+def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Let Adam's moments be those after so many updates."""
+    for state in optimizer.state.values():
+        state["step"].fill_(float(updates))
+
+
 def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Adam's moments of named parameters, by the name they have in a checkpoint."""
     return {

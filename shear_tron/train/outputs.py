@@ -14,7 +14,7 @@ from shear_tron.checkpoint.model_folder import Form, open_model, require_form, w
 from shear_tron.data.tokenizer import load
 from shear_tron.params import count, params
 from shear_tron.pruning.extract import extract as dense_model
-from shear_tron.pruning.make import make_method
+from shear_tron.pruning.make import read_method
 from shear_tron.train.card import publish
 from shear_tron.train.handover import hand_over, require_samples
 from shear_tron.train.run_folder import RunFolder
@@ -32,11 +32,7 @@ def extract(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
     source = huggingface.read_architecture(run.model)
     target = run.config.prune.target.shape(source.shape)
     reader = sharded.Reader(run.checkpoint)
-    method = make_method(run.config.prune, source, target)
-    for name, tensor in method.tensors().items():
-        tensor.copy_(reader.read(name))
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} holds NaN or infinite values in {run.path}; use an earlier one (--step)")
+    method = read_method(run.config.prune, source, target, reader.read)
     dense, tensors = dense_model(reader.read, method.decide(), source)
     said = _write(run, output, dense, source, tensors, form, samples)
     return f"{output}: {count(dense):,} of {count(source):,} parameters, {dense.shape}{said}"

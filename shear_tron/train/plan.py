@@ -17,8 +17,8 @@ from shear_tron.pruning.make import make_method
 from shear_tron.shape import Shape
 from shear_tron.train import viewers
 from shear_tron.train.config import RunConfig
-
-CONFIG = "config.yaml"
+from shear_tron.train.moments import require_pruned_to
+from shear_tron.train.run_folder import CONFIG
 
 # Keys in which a run may differ from the config saved in its folder when it goes on.
 MAY_CHANGE = (
@@ -69,6 +69,12 @@ def plan(config: RunConfig, world: int) -> Plan:
                 f"train.steps={config.train.steps} end before the target sparsity is reached at "
                 f"prune.warmup_steps={config.prune.warmup_steps}; use more steps or a shorter warm-up"
             )
+    schedule = config.optimizer.schedule
+    if schedule and schedule.before + config.train.steps > schedule.steps:
+        raise ConfigError(
+            f"optimizer.schedule.steps={schedule.steps} is less than before={schedule.before} and "
+            f"train.steps={config.train.steps} together; use at least {schedule.before + config.train.steps}"
+        )
     if config.data.sequence > architecture.context:
         raise ConfigError(
             f"data.sequence={config.data.sequence} is longer than the model's context={architecture.context}; "
@@ -94,6 +100,8 @@ def inputs(plan: Plan) -> Inputs:
     if references is not None:
         Mixture(names, proportions, references, config.data.mixture)
     checkpoint = sharded.latest(Path(config.run))
+    if config.optimizer.moments and checkpoint is None:
+        require_pruned_to(config.optimizer.moments, plan.architecture)
     if checkpoint is not None:
         sharded.progress(checkpoint)  # it is whole
     return Inputs(weights, manifest, names, proportions, references)

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
+from shear_tron.data.sampler import Batches
 from shear_tron.keep import Keep
 from shear_tron.masks import Masks
 from shear_tron.model.context import Context
 from shear_tron.parallel import sync
+from shear_tron.parallel.agree import AgreedError
+from shear_tron.parallel.pipeline import Engine
 from shear_tron.parallel.tensor import keep_part
 from shear_tron.parallel.topology import Topology
 from shear_tron.pruning.config import PruneConfig
@@ -51,6 +54,19 @@ class Pruner:
         self.optimizer = torch.optim.AdamW(groups) if groups else None
         self.rate = config.learning_rate
         self.ranks = _Ranks(topology)
+
+    def calibrate(self, engine: Engine, batches: Batches, microbatches: range) -> None:
+        """Let the method see the batches that it wants before the first step; weights stay as they are. Collective."""
+        for step in range(-self.config.batches_before, 0):
+            windows = batches.next()[0].to(self.topology.device)
+            sampled, gated = self.sample(step, microbatches)
+            engine.train(windows[:, :-1], windows[:, 1:], gated)
+            self.backward(step, sampled, gated)
+            for stage in engine.stages:
+                stage.zero_grad()
+            if not self.is_finite():
+                raise AgreedError("scores of units are not finite; the model or the data is damaged")
+            self.step()
 
     def begin(self, read: Callable[[str], Tensor]) -> None:
         """Before the first step of a new run: set the scores that are not learned, and close the first units.

@@ -7,7 +7,8 @@ from typing import Self
 from shear_tron.checkpoint import sharded
 from shear_tron.config import load
 from shear_tron.train.config import RunConfig
-from shear_tron.train.plan import CONFIG
+
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run
 
 from shear_tron import cli
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.huggingface import read_architecture
 from shear_tron.train import metrics
 from shear_tron.train.loop import Trainer
+from shear_tron.train.schedule import learning_rate_factor
 
 SIZES = {"hidden": 32, "layers": 2, "heads": 8, "kv_heads": 4, "ffn": 32}
 
@@ -73,6 +75,58 @@ def test_units_are_chosen_at_once_without_a_step(world: Path, tmp_path: Path) ->
     random = [*once, "prune.method=random"]
     train(world, tmp_path / "random", *random)
     assert metrics.read(tmp_path / "random")[-1]["held_out"] != cut
+
+
+def test_adam_goes_on_across_the_cut_under_one_schedule(world: Path, tmp_path: Path) -> None:
+    """After one step with and without the earlier moments, what differs is exactly their part, cut like the weights."""
+    method = ["prune.method=fisher", "prune.warmup_steps=1", "train.steps=4", "prune.calibration_batches=1"]
+    train(world, tmp_path / "prune", *method, "optimizer.schedule={steps: 9}", "optimizer.warmup_steps=2")
+    assert cli.main(["extract", str(tmp_path / "prune"), str(tmp_path / "small")]) == 0
+    after = [f"model={tmp_path}/small", "prune=null", "train.steps=1", "optimizer.warmup_steps=2"]
+    moments = f"optimizer.moments={tmp_path}/prune"
+    schedule = "optimizer.schedule={steps: 9, before: 4}"
+    train(world, tmp_path / "fresh", *after)
+    train(world, tmp_path / "warm", *after, moments, schedule)
+    run(2, on_ranks, str(world / "prune.yaml"), [f"run={tmp_path}/ranks", *after, moments, schedule, "parallel.tp=2"])
+
+    pruned, fresh, warm, ranks = (state(tmp_path / name) for name in ("prune", "fresh", "warm", "ranks"))
+    kept = {kind: (pruned[f"scores.{kind}"] >= 0) for kind in ("hidden", "layers", "heads_per_group", "ffn")}
+    layer = int(kept["layers"].nonzero()[0])
+    hidden, ffn = kept["hidden"].nonzero().flatten(), kept["ffn"][layer].nonzero().flatten()
+    for moment, decay in (("exp_avg", 0.9), ("exp_avg_sq", 0.95)):
+        cut = pruned[f"adam.layers.{layer}.gate.{moment}"][ffn][:, hidden]
+        assert cut.abs().max() > 0
+        name = f"adam.layers.0.gate.{moment}"
+        torch.testing.assert_close(warm[name] - fresh[name], decay * cut, rtol=1e-4, atol=1e-9)
+    for name in warm:
+        torch.testing.assert_close(ranks[name], warm[name], rtol=1e-3, atol=2e-5)
+    progress = sharded.progress(sharded.latest(tmp_path / "warm") or tmp_path)
+    assert progress["updates_before"] == 4
+    assert not (tmp_path / "warm" / "moments").exists()
+    rates = [line["learning_rate"] for name in ("prune", "warm") for line in metrics.read(tmp_path / name)]
+    assert rates == pytest.approx([1e-3 * learning_rate_factor(step, 9, 2, 0.1) for step in range(5)])
+
+
+def test_moments_of_another_run_are_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(world, tmp_path / "run", "prune.warmup_steps=1", "train.steps=2")
+    for overrides, message in (
+        (["prune=null", f"optimizer.moments={tmp_path}/run"], "give the run that made it"),
+        (["prune=null", f"optimizer.moments={tmp_path}/no"], "is no run folder"),
+        (["optimizer.schedule={steps: 9}"], "use at least 14"),
+    ):
+        assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/other", *overrides]) == 2
+        assert message in capsys.readouterr().err
+
+
+def on_ranks(config: str, overrides: list[str]) -> None:
+    """What torchrun does: the same command on every rank (which has joined the process group already)."""
+    import torch.distributed as dist
+
+    from shear_tron.parallel import topology
+
+    topology.world_size = dist.get_world_size
+    topology.stop = lambda: None
+    assert cli.main(["train", config, "data.update_every=0", *overrides]) == 0
 
 
 def test_training_without_steps_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

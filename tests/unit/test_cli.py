@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from shear_tron import cli
+from shear_tron.arguments import VERBS
 
 LLAMA2 = {  # losses of LLaMA-2 7B, 13B and 70B, as the paper's authors measured them
     6738415616: {"cc": 1.7520, "c4": 1.9219},
@@ -97,7 +98,7 @@ def test_bad_input_is_one_line_unless_debug(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in cli.VERBS:
+    for verb in VERBS:
         with pytest.raises(SystemExit) as stopped:
             cli.main([verb, "--help"])
         assert stopped.value.code == 0

@@ -20,7 +20,9 @@ ARROWS = {
     "train": {*NOUNS, "config", "data", "pruning", "model", "parallel", "checkpoint"},
     "explain": {"config"},
     "report": {"config", "train"},
-    "cli": {"config", "explain", "data", "parallel", "train", "checkpoint", "report"},
+    "use": {"params", "data", "model", "checkpoint"},
+    "arguments": set(),
+    "cli": {"arguments", "use", "config", "explain", "data", "parallel", "train", "checkpoint", "report"},
     "__main__": {"cli"},
 }
 DISTRIBUTED = {"parallel", "checkpoint"}

@@ -1,0 +1,113 @@
+"""What each verb of the command line takes."""
+
+import argparse
+from importlib.metadata import PackageNotFoundError, version
+
+VERBS = {
+    "prepare": "tokenise domains of text into shards",
+    "stats": "how much there is of each prepared domain",
+    "config": "every key of a configuration explained",
+    "show": "dry run: counts, what ranks hold, whether all fits",
+    "train": "prune (given a `prune` section) or pre-train",
+    "extract": "write a pruning run's dense model: Hugging Face, nanotron, GGUF",
+    "export": "write a training run's model: Hugging Face, nanotron, GGUF",
+    "import": "make a Hugging Face folder of a nanotron checkpoint",
+    "report": "what runs did, as one HTML page; also while they run",
+    "eval": "losses of models on held-out data, side by side",
+    "generate": "let a model go on with a text",
+    "reference-loss": "reference losses of domains, predicted or measured",
+    "bench": "the kernel benchmark; without a GPU its rooflines",
+}
+OVERRIDABLE = ("prepare", "show", "train", "reference-loss")  # they read a config
+EXAMPLE = """\
+example, on one machine with two ranks:
+  shear-tron prepare prepare.yaml
+  shear-tron train prune.yaml --nproc 2 train.steps=400
+  shear-tron extract runs/prune models/small
+"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The verb and its arguments. Exits with a usage line where they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="shear-tron",
+        usage="shear-tron VERB ...",
+        description="Shear a large language model down to a shape you choose.",
+        epilog=EXAMPLE,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=20),
+    )
+    parser.add_argument("--version", action="version", version=f"shear-tron {_version()}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="", title="verbs (VERB --help tells more)")
+    for verb, text in VERBS.items():
+        sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
+        _arguments(verb, sub)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments, options = parser.parse_known_args(argv)
+    if options and arguments.verb != "bench":  # bench hands its options to kernels/bench/run.py
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
+    arguments.options = options
+    return arguments
+
+
+def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
+    """What each verb takes."""
+    if verb in OVERRIDABLE:
+        sub.add_argument("config", help="YAML file")
+        sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    if verb == "config":
+        sub.add_argument("key", nargs="?", default="", metavar="section.key", help="default: all")
+        sub.add_argument("--explain", action="store_true", help="accepted and implied")
+        sub.add_argument("--markdown", action="store_true", help="the whole reference, as docs/config.md has it")
+    if verb == "train":
+        sub.add_argument("--nproc", type=int, default=None, help="ranks to start on this machine; torchrun for more")
+    if verb == "report":
+        sub.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, in the order they were made")
+        sub.add_argument("--output", default=None, metavar="HTML", help="default: report.html in the last run")
+        sub.add_argument("--baseline", action="append", default=[], metavar="RUN", help="compare the end with it")
+        sub.add_argument("--png", default=None, metavar="DIR", help="write the figures as PNG and SVG too")
+    if verb == "show":
+        sub.add_argument("--world", type=int, default=None, help="ranks to plan for; default: the fewest that fit")
+    if verb == "prepare":
+        sub.add_argument("--stats", nargs="?", const="", metavar="PNG", help="like `stats` of its output")
+    if verb == "stats":
+        sub.add_argument("folder", help="made by `shear-tron prepare`")
+        sub.add_argument("picture", nargs="?", metavar="PNG", help="draw tokens and document lengths there")
+    if verb in ("extract", "export"):
+        sub.add_argument("run", help="folder of the run")
+        sub.add_argument("output", help="folder (for gguf: file) to write; must not exist")
+        sub.add_argument("--step", type=int, default=None, help="checkpoint to take; default: the newest")
+        sub.add_argument("--model", default=None, help="where the run's source model is; default: where it was")
+        sub.add_argument("--to", choices=["huggingface", "nanotron", "gguf"], default="huggingface")
+        sub.add_argument("--flavour", choices=["main", "0.4"], default="main", help="of nanotron")
+        sub.add_argument("--tp", type=int, default=1, help="pieces of every tensor, for nanotron; any can be read")
+        sub.add_argument("--samples", type=int, default=0, help="of the run's next samples to hand to nanotron")
+    if verb == "import":
+        sub.add_argument("checkpoint", help="folder that nanotron saved")
+        sub.add_argument("output", help="Hugging Face folder to write; must not exist")
+        sub.add_argument("--tokenizer", required=True, help="folder of the model's tokenizer")
+    if verb in ("extract", "export", "import"):
+        default = None if verb == "import" else "float32"  # None: as it is stored
+        q8_0 = [] if verb == "import" else ["q8_0"]  # of GGUF
+        sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16", *q8_0], default=default)
+
+    if verb == "eval":
+        sub.add_argument("models", nargs="+", metavar="model", help="Hugging Face folder or nanotron checkpoint")
+        sub.add_argument("data", help="made by `shear-tron prepare` with the models' tokenizer")
+        sub.add_argument("--sequence", type=int, default=2048, help="tokens of a window; default: 2048")
+        sub.add_argument("--windows", type=int, default=64, help="held-out windows of each domain; default: 64")
+        sub.add_argument("--batch", type=int, default=1, help="windows at a time")
+        sub.add_argument("--json", metavar="FILE", help="write all numbers there")
+    if verb == "generate":
+        sub.add_argument("model", help="Hugging Face folder")
+        sub.add_argument("prompt")
+        sub.add_argument("--tokens", type=int, default=128, help="at most; default: 128")
+        sub.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token each time")
+        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+
+
+def _version() -> str:
+    try:
+        return version("shear-tron")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -112,7 +112,7 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class Reader:
-    """Split tensors of a checkpoint, one at a time, in one process without ranks."""
+    """Whole tensors of a checkpoint, one at a time, in one process without ranks."""
 
     def __init__(self, checkpoint: Path) -> None:
         progress(checkpoint)

@@ -4,10 +4,12 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from shear_tron.architecture import Architecture
 from shear_tron.config import Section
 from shear_tron.data.config import DataConfig
 from shear_tron.parallel.config import ParallelConfig
 from shear_tron.pruning.config import PruneConfig
+from shear_tron.pruning.rotate import untied
 
 
 class TrainConfig(Section):
@@ -79,3 +81,9 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     prune: PruneConfig | None = None
     parallel: ParallelConfig = ParallelConfig()
+
+    def source(self, architecture: Architecture) -> Architecture:
+        """What this run trains, started from a model of ``architecture``: the same, or untied to be rotated."""
+        if self.prune is None or not self.prune.rotate:
+            return architecture
+        return untied(architecture)

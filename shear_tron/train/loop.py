@@ -20,6 +20,7 @@ from shear_tron.parallel.agree import AgreedError
 from shear_tron.parallel.data import shard
 from shear_tron.parallel.pipeline import Engine, build_stages
 from shear_tron.parallel.topology import Topology
+from shear_tron.pruning.rotate import Turned
 from shear_tron.pruning.snapshot import snapshot
 from shear_tron.train.evaluation import DomainLosses, HeldOut, not_finite
 from shear_tron.train.facts import facts, peak_memory
@@ -29,6 +30,7 @@ from shear_tron.train.moments import go_on_with
 from shear_tron.train.optimizer import adamw, moments, set_updates, start_moments
 from shear_tron.train.plan import Inputs, Plan
 from shear_tron.train.pruner import Pruner
+from shear_tron.train.rotation import rotate
 from shear_tron.train.run_folder import CONFIG
 from shear_tron.train.schedule import rate_factor
 from shear_tron.train.speed import StepCost
@@ -96,6 +98,10 @@ class Trainer:
         try:
             if self.pruner and not self.step:
                 log.say(f"scoring units on {self.pruner.config.batches_before} batches")
+                if isinstance(self.inputs.weights, Turned):
+                    log.say("turning the residual stream to its principal axes")
+                    energy = rotate(self.engine, batches, self.config, self.inputs.weights, self.topology)
+                    self.pruner.set_energy(energy)
                 self.pruner.calibrate(self.engine, batches, self._own_microbatches())
                 self.pruner.begin(self.inputs.weights.read)
             # where there are no steps, only units to choose

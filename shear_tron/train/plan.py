@@ -14,6 +14,7 @@ from shear_tron.data.manifest import Manifest
 from shear_tron.data.mixture import Mixture
 from shear_tron.parallel.topology import Layout, choose_device
 from shear_tron.pruning.make import make_method
+from shear_tron.pruning.rotate import Turned
 from shear_tron.shape import Shape
 from shear_tron.train import viewers
 from shear_tron.train.config import RunConfig
@@ -47,7 +48,7 @@ class Plan:
 class Inputs:
     """What a run reads, found to be whole and to belong together."""
 
-    weights: Weights
+    weights: Weights | Turned
     manifest: Manifest
     names: tuple[str, ...]  # of domains, in the order in which the sampler knows them
     proportions: tuple[float, ...]  # starting weights
@@ -56,7 +57,7 @@ class Inputs:
 
 def plan(config: RunConfig, world: int) -> Plan:
     """Check sizes against each other. Reads no more than the model's config.json. Raises ValueError in one line."""
-    architecture = read_architecture(config.model)
+    architecture = config.source(read_architecture(config.model))
     target = None
     if config.prune is None and not config.train.steps:
         raise ConfigError("train.steps=0 is for choosing units with a `prune` section; use 1 or more steps")
@@ -89,7 +90,9 @@ def inputs(plan: Plan) -> Inputs:
     """Open weights and data and check them against the model. Raises ValueError in one line."""
     config, shape = plan.config, plan.architecture.shape
     viewers.require(config.log)
-    weights = Weights.open(config.model, plan.architecture)
+    weights: Weights | Turned = Weights.open(config.model, read_architecture(config.model))
+    if config.prune and config.prune.rotate:
+        weights = Turned(weights, read_architecture(config.model))
     manifest = Manifest.read(config.data.folder, tokenizer=config.model, vocab=shape.vocab)
     mixture = _mixture(config.data.weights, manifest)
     names, proportions = tuple(mixture), tuple(mixture.values())

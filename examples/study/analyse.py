@@ -108,7 +108,10 @@ def selections(results: list[Values], said: Values) -> list[str]:
     for arm, runs in of.items():
         own = [agreement(a, b, sizes) for a, b in combinations(runs, 2)]
         others = [agreement(a, b, sizes) for a, b in zip(runs, of[said["reference"]], strict=False)]
-        for kind in others[0] if others and arm != "depth" else ():
+        kinds = [kind for kind in others[0] if arm != "depth"] if others else []
+        if said["arms"][arm]["prune"].get("rotate"):
+            kinds.remove("hidden")  # its dimensions are other ones
+        for kind in kinds:
             between = f"{np.mean([each[kind][0] for each in own]):.2f}" if own else "-"
             lines.append(f"| {arm} | {kind} | {between} | {np.mean([each[kind][0] for each in others]):.2f} "
                          f"| {others[0][kind][1]:.2f} |")  # fmt: skip

@@ -76,7 +76,8 @@ class Run:
         model, spent = self._start(before), self._spent()
         after = self.steps - before
         if self.budget is not None:
-            after = max(1, round((self.budget - spent) / self.study.operations(model, 1)))
+            teacher = self.study.operations(self.study.source, 1 / 3) if "distill" in self.arm else 0.0
+            after = max(1, round((self.budget - spent) / (self.study.operations(model, 1) + teacher)))
         one = self.arm.get("one_schedule", False)
         values = self._settings("continue", model, after, before if one else 0, before + after)
         values["train"]["seed"] = self.seed + 1000  # samples that pruning did not see
@@ -128,6 +129,8 @@ class Run:
             "warmup_steps": max(1, round(training["warmup"] * of)),
             "min_learning_rate": training["min_learning_rate"],
         }
+        if "distill" in self.arm:
+            values["distill"] = {"model": str(self.study.source), **self.arm["distill"]}
         if begun or of > steps:
             values["optimizer"]["schedule"] = {"steps": of, "before": begun}
         return values

@@ -53,6 +53,7 @@ class Inputs:
     names: tuple[str, ...]  # of domains, in the order in which the sampler knows them
     proportions: tuple[float, ...]  # starting weights
     references: dict[str, float] | None  # losses of the domains; None: measured from the model, or none wanted
+    teacher: Weights | None = None  # to learn from
 
 
 def plan(config: RunConfig, world: int) -> Plan:
@@ -83,6 +84,8 @@ def plan(config: RunConfig, world: int) -> Plan:
         )
     layout = Layout.plan(config.parallel, architecture.shape, world)
     layout.require_batch(config.train.batch, config.train.micro_batch, config.data.sequence)
+    if config.distill:
+        _require_teacher(config, architecture, world)
     return Plan(config, architecture, target, layout)
 
 
@@ -107,7 +110,31 @@ def inputs(plan: Plan) -> Inputs:
         require_pruned_to(config.optimizer.moments, plan.architecture)
     if checkpoint is not None:
         sharded.progress(checkpoint)  # it is whole
-    return Inputs(weights, manifest, names, proportions, references)
+    teacher = None
+    if config.distill:
+        Manifest.read(config.data.folder, tokenizer=config.distill.model, vocab=shape.vocab)
+        teacher = Weights.open(config.distill.model, read_architecture(config.distill.model))
+    return Inputs(weights, manifest, names, proportions, references, teacher)
+
+
+def _require_teacher(config: RunConfig, student: Architecture, world: int) -> None:
+    """ValueError unless the teacher has the student's vocabulary and context, and splits over its layout."""
+    assert config.distill is not None
+    teacher = read_architecture(config.distill.model)
+    if teacher.shape.vocab != student.shape.vocab:
+        raise ConfigError(
+            f"distill.model={config.distill.model} has vocab={teacher.shape.vocab}, the model {student.shape.vocab}; "
+            "use a teacher with the model's tokenizer"
+        )
+    if config.data.sequence > teacher.context:
+        raise ConfigError(
+            f"data.sequence={config.data.sequence} is longer than the teacher's context={teacher.context}; use at most "
+            f"{teacher.context}"
+        )
+    try:
+        Layout.plan(config.parallel, teacher.shape, world)
+    except ValueError as error:
+        raise ConfigError(f"distill.model={config.distill.model}: {error}") from None
 
 
 def _mixture(given: dict[str, float] | str, manifest: Manifest) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Methods of making masks beside the paper's: laws 6 and 12 on whole runs, and units chosen at once."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -178,4 +180,38 @@ def test_rotation_that_makes_no_sense_is_refused(
         (["prune.rotate=true", "prune.method=random", "prune.target.hidden=48"], "the target keeps all 48"),
     ):
         assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/other", *overrides]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_learns_from_a_teacher_alike_in_every_layout(world: Path, tmp_path: Path) -> None:
+    settings = [f"distill.model={world}/model", "distill.alpha=0.7", "prune.method=fisher", "prune.warmup_steps=2"]
+    settings += ["train.steps=4", "prune.calibration_batches=1", "checkpoint.every=2"]
+    train(world, tmp_path / "alone", *settings)
+    lines = metrics.read(tmp_path / "alone")
+    assert lines[0]["divergence"] == pytest.approx(0, abs=1e-6)  # the source, all units open, is its own teacher
+    assert lines[2]["divergence"] > 1e-4
+    run(4, on_ranks, str(world / "prune.yaml"), [f"run={tmp_path}/ranks", *settings, "parallel.tp=2", "parallel.pp=2"])
+    for before, after in zip(lines, metrics.read(tmp_path / "ranks"), strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], abs=2e-4)
+        assert after["divergence"] == pytest.approx(before["divergence"], abs=2e-4)
+    train(world, tmp_path / "plain", *settings[2:])
+    plain = metrics.read(tmp_path / "plain")
+    assert plain[0]["loss"] == lines[0]["loss"]
+    assert plain[-1]["loss"] != lines[-1]["loss"]
+    assert "divergence" not in plain[0]
+    assert lines[0]["flops"] == pytest.approx(plain[0]["flops"] * 4 / 3, rel=1e-6)  # one forward more
+
+
+def test_a_teacher_that_does_not_fit_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for change, message in (
+        ({"vocab_size": 64}, "has vocab=64, the model 320"),
+        ({"max_position_embeddings": 8}, "longer than the teacher's context=8"),
+    ):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | change))
+        arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", f"distill.model={tmp_path}/model"]
+        assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err

@@ -1,16 +1,25 @@
 # `make demo` and `make test` do all the set-up they need. PYTHON is any Python of 3.11 or newer.
 PYTHON ?= python3
 PROCESSES ?= 2
+RECIPE ?= fisher
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test unit check bench gpu clean
+.PHONY: help demo study study-smoke test unit check bench gpu clean
 
 help: ## these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/ready ## the main job on a real model: prune, extract, continue, export, open in transformers
-	$(BIN)/python examples/smollm2/demo.py --processes $(PROCESSES) $(OVERRIDES)
+	$(BIN)/python examples/smollm2/demo.py --processes $(PROCESSES) --recipe $(RECIPE) $(OVERRIDES)
+
+study: .venv/ready ## which way of choosing units is best (examples/study): hours; goes on where it stopped
+	$(BIN)/python examples/study/study.py runs/study
+	$(BIN)/python examples/study/analyse.py runs/study
+
+study-smoke: .venv/ready ## every part of the study once, in minutes
+	$(BIN)/python examples/study/study.py runs/study-smoke --smoke
+	$(BIN)/python examples/study/analyse.py runs/study-smoke
 
 test: .venv/ready check ## style, types and every test
 	$(BIN)/python -m pytest

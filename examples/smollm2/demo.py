@@ -1,8 +1,12 @@
-"""The main job on a real model, start to finish: python examples/smollm2/demo.py [parallel.tp=3 ...]
+"""The main job on a real model, start to finish: python examples/smollm2/demo.py [parallel.pp=2 ...]
 
-Fetches SmolLM2-135M and six domains of text, prepares them, prunes under learned masks with dynamic batch loading,
-extracts the dense model, continues its pre-training, exports it, and opens the result with transformers. Every step is
-a command that is printed before it runs, so that you can run it alone. Overrides go to both trainings.
+Fetches SmolLM2-135M and six domains of text, prepares them, prunes with dynamic batch loading, extracts the dense
+model, continues its pre-training, exports it, and opens the result with transformers. Every step is a command that is
+printed before it runs, so that you can run it alone. Overrides go to both trainings.
+
+--recipe says how units are chosen: fisher (prune.yaml), the same with magnitude or random for its method, or paper (the
+paper's algorithm and a smaller target, paper-prune.yaml). Each keeps its runs, and a row of what it reached, beside the
+others'.
 """
 
 import argparse
@@ -12,23 +16,26 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 HERE = Path("examples/smollm2")
 RUNS = Path("runs/smollm2")
-PROMPT = "The history of the English language"
+ROWS = HERE / "rows.jsonl"  # what recipes reached on the machine of the README
+RECIPES = ("fisher", "magnitude", "random", "paper")
+PROMPTS = ("The history of the English language", "The law of supply and demand says that")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Shear SmolLM2-135M on this machine.")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for both trainings")
     parser.add_argument("--processes", type=int, default=2, help="ranks (default 2)")
+    parser.add_argument("--recipe", choices=RECIPES, default="fisher", help="how units are chosen (default fisher)")
     arguments = parser.parse_args()
-    began = time.perf_counter()
-    for stale in ("prune", "sheared", "continue", "final"):  # a demo starts anew; downloads and data are kept
-        shutil.rmtree(RUNS / stale, ignore_errors=True)
+    began, runs = time.perf_counter(), RUNS / arguments.recipe
+    shutil.rmtree(runs, ignore_errors=True)  # a demo starts anew; downloads and data are kept
 
     threads = max(1, (os.cpu_count() or 1) // arguments.processes)
     torchrun = [
@@ -36,14 +43,28 @@ def main() -> None:
         *(f"--nproc-per-node={arguments.processes}", "-m", "shear_tron", "train"),
     ]
     shear_tron = [sys.executable, "-m", "shear_tron"]
+    prune, continued = files_and_overrides(arguments.recipe)
     step("1/7 fetch a real model", [sys.executable, str(HERE / "fetch_model.py"), str(RUNS / "model")])
     step("2/7 fetch real text", [sys.executable, str(HERE / "fetch_text.py"), str(RUNS / "text")])
     step("3/7 prepare domains", [*shear_tron, "prepare", str(HERE / "prepare.yaml")])
-    step("4/7 prune", [*torchrun, str(HERE / "prune.yaml"), *arguments.overrides], threads)
-    step("5/7 extract", [*shear_tron, "extract", str(RUNS / "prune"), str(RUNS / "sheared")])
-    step("6/7 continue pre-training", [*torchrun, str(HERE / "continue.yaml"), *arguments.overrides], threads)
-    step("7/7 export", [*shear_tron, "export", str(RUNS / "continue"), str(RUNS / "final")])
-    report(time.perf_counter() - began)
+    step("4/7 prune", [*torchrun, *prune, *arguments.overrides], threads)
+    step("5/7 extract", [*shear_tron, "extract", str(runs / "prune"), str(runs / "sheared")])
+    step("6/7 continue pre-training", [*torchrun, *continued, *arguments.overrides], threads)
+    step("7/7 export", [*shear_tron, "export", str(runs / "continue"), str(runs / "final")])
+    report(arguments.recipe, time.perf_counter() - began)
+
+
+def files_and_overrides(recipe: str) -> tuple[list[str], list[str]]:
+    """What `train` is given to prune and to continue by a recipe."""
+    if recipe == "paper":
+        return [str(HERE / "paper-prune.yaml")], [str(HERE / "paper-continue.yaml")]
+    prune, continued = [str(HERE / "prune.yaml")], [str(HERE / "continue.yaml")]
+    if recipe != "fisher":
+        runs = RUNS / recipe
+        prune += [f"run={runs}/prune", f"prune.method={recipe}"]
+        continued += [f"run={runs}/continue", f"model={runs}/sheared", f"data.weights={runs}/prune"]
+        continued += [f"data.reference_losses={runs}/prune/reference_losses.json", f"optimizer.moments={runs}/prune"]
+    return prune, continued
 
 
 def step(title: str, command: list[str], threads: int = os.cpu_count() or 1) -> None:
@@ -55,8 +76,8 @@ def step(title: str, command: list[str], threads: int = os.cpu_count() or 1) -> 
         sys.exit(f"{title} failed with exit status {done.returncode}")
 
 
-def report(seconds: float) -> None:
-    """Open the result as any user would, and say what became of the model."""
+def report(recipe: str, seconds: float) -> None:
+    """Open the result as any user would, and say what became of the model, beside what other recipes reached."""
     from transformers import AutoTokenizer, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -67,33 +88,58 @@ def report(seconds: float) -> None:
     from shear_tron.report.write import write
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(RUNS / "final")
-    theirs = LlamaForCausalLM.from_pretrained(RUNS / "final").eval()
-    architecture = read_architecture(RUNS / "final")
-    weights = Weights.open(RUNS / "final", architecture)
+    runs = RUNS / recipe
+    tokenizer = AutoTokenizer.from_pretrained(runs / "final")
+    theirs = LlamaForCausalLM.from_pretrained(runs / "final").eval()
+    architecture = read_architecture(runs / "final")
+    weights = Weights.open(runs / "final", architecture)
     ours = Transformer(architecture)
     ours.load_state_dict({param.name: weights.read(param.name) for param in params(architecture)})
-    prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
+    prompt = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
     with torch.no_grad():
         difference = (ours(prompt) - theirs(prompt).logits).abs().max().item()
-        continued = theirs.generate(prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)
 
-    sample = {"prompt": PROMPT, "text": tokenizer.decode(continued[0, prompt.shape[1] :])}
-    (RUNS / "continue" / SAMPLES).write_text(json.dumps(sample) + "\n")
-    runs = [RUNS / "prune", RUNS / "continue"]
-    page, *_ = write(runs, [], str(RUNS / "report.html"), str(RUNS / "figures"))
-    rows = read(runs, []).table()
+    said = {"source": say(LlamaForCausalLM.from_pretrained(RUNS / "model").eval(), tokenizer)}
+    said["this model"] = say(theirs, tokenizer)
+    samples = [{"prompt": prompt, "text": text} for prompt, text in said["this model"].items()]
+    (runs / "continue" / SAMPLES).write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    made = [runs / "prune", runs / "continue"]
+    page, *_ = write(made, [], str(runs / "report.html"), str(runs / "figures"))
+    rows = read(made, []).table()
     print("\n\033[1mheld-out loss, nats per token\033[0m")
     print(f"{'':12}" + "".join(f"{name:>8}" for name in rows[0][1]) + f"{'mean':>8}")
     for title, losses in rows:
         print(f"{title:12}" + "".join(f"{loss:8.3f}" for loss in (*losses.values(), mean(losses))))
     before, after = count(read_architecture(RUNS / "model")), count(architecture)
+    row = {
+        "recipe": recipe, "parameters": after, "minutes": round(seconds / 60, 1),
+        "loss": {title: round(mean(losses), 3) for title, losses in rows},
+    }  # fmt: skip
+    (runs / "row.json").write_text(json.dumps(row) + "\n")
+    print("\n\033[1mrecipes (committed rows: examples/smollm2/rows.jsonl)\033[0m")
+    committed = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    for name, each in (("this run", row), *(("committed", each) for each in committed)):
+        steps = ", ".join(f"{title} {loss:.2f}" for title, loss in each["loss"].items())
+        print(f"{name:10} {each['recipe']:10} {each['parameters'] / 1e6:4.0f} M  {each['minutes']:4.1f} min  {steps}")
+    for prompt in PROMPTS:
+        print(f"\n\033[1m{prompt} ...\033[0m")
+        for name, texts in said.items():
+            print(f"{name:12} {' '.join(texts[prompt].split())}")
     print(f"\nparameters   {before:,} -> {after:,} ({after / before:.1%}): {architecture.shape}")
     print(f"logits       transformers and shear-tron differ by at most {difference:.1e}")
-    print(f"it says      {PROMPT + sample['text']!r}")
     print(f"report       {page.resolve()}")
-    print(f"model        {(RUNS / 'final').resolve()}")
+    print(f"model        {(runs / 'final').resolve()}")
     print(f"time         {seconds / 60:.1f} minutes")
+
+
+def say(model, tokenizer) -> Mapping[str, str]:
+    """Greedy continuations of the prompts, by prompt; a repetition is made a little less likely."""
+    said = {}
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        found = model.generate(ids, max_new_tokens=32, do_sample=False, repetition_penalty=1.2, pad_token_id=0)
+        said[prompt] = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    return said
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor, cuda, dtype, float64, int64
 from shear_kernels import dense_attention, gather_blocks, reference
 from shear_kernels.cross_entropy import vocab_cross_entropy
 from shear_kernels.dense_attention import AttentionBackend
+from shear_kernels.distillation import vocab_distillation
 from shear_kernels.reference import gated_residual
 
 Backend = Literal["triton", "reference"]
@@ -205,4 +206,5 @@ __all__ = [
     "rope",
     "select",
     "vocab_cross_entropy",
+    "vocab_distillation",
 ]

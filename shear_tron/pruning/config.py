@@ -42,6 +42,9 @@ class PruneConfig(Section):
     learning_rate: float = Field(1.0, gt=0)  # hard_concrete: of mask logits and multipliers
     decay: float = Field(0.9, ge=0, lt=1)  # fisher: of the running mean of scores, a microbatch
     calibration_batches: int = Field(16, ge=0)  # fisher: batches that are scored before the first step
+    # turn the residual stream to its principal axes first, found on calibration_batches: the function stays, hidden
+    # keeps the first of them, embeddings are untied (docs/masks.md)
+    rotate: bool = False
     compact: bool = True  # leave closed units out of every step; exact (docs/compaction.md)
     pad_to: PositiveInt | None = None  # kept counts are multiples of it; default 64 on CUDA, 16 on the CPU
     balance: PositiveInt = 1  # blocks of heads and ffn columns that keep equal counts; parallel.tp or a multiple of it
@@ -52,6 +55,10 @@ class PruneConfig(Section):
             raise ValueError("warmup_steps=0 closes gates before they could learn; use 1 or more, or method=fisher")
         if self.method == "fisher" and not self.warmup_steps and not self.calibration_batches:
             raise ValueError("warmup_steps=0 closes units before any has a score; use calibration_batches of 1 or more")
+        if self.rotate and self.method == "hard_concrete":
+            raise ValueError("rotate fixes which hidden dimensions go, hard_concrete learns it; use another method")
+        if self.rotate and not self.calibration_batches:
+            raise ValueError("rotate finds its axes on calibration_batches; use 1 or more")
         return self
 
     @property

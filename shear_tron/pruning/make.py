@@ -25,7 +25,9 @@ def make_method(
             Gates(source.shape, target, seed, dtype, balance), Constraint(source, target, warmup, dtype)
         )
     decay = config.decay if config.method == "fisher" else None
-    return Scored(source, target, warmup, decay, config.batches_before, balance, dtype)
+    if config.rotate and target.hidden == source.shape.hidden:
+        raise ValueError(f"prune.rotate orders hidden dimensions, the target keeps all {target.hidden}; leave it out")
+    return Scored(source, target, warmup, decay, config.batches_before, balance, dtype, config.rotate)
 
 
 def read_method(config: PruneConfig, source: Architecture, target: Shape, read: Callable[[str], Tensor]) -> Method:

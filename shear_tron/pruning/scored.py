@@ -33,6 +33,7 @@ class Scored(Method):
         calibration_batches: batches seen before the first step, as steps -calibration_batches to -1, all units open.
             All their microbatches count alike.
         dtype: of masks and scores.
+        rotated: hidden dimensions are principal axes, whose scores are their energies (``set_energy``).
 
     ``scores`` maps a kind to a tensor of the size of its mask; closed units hold CLOSED.
     """
@@ -46,21 +47,31 @@ class Scored(Method):
         calibration_batches: int = 0,
         balance: int = 1,
         dtype: torch.dtype = torch.float32,
+        rotated: bool = False,
     ) -> None:
         self.source, self.warmup_steps, self.decay = source, warmup_steps, decay
         self.calibration_batches, self.dtype = calibration_batches, dtype
         self.counts = Counts(source.shape, target, balance)
         self.scores = {kind: torch.zeros(size, dtype=dtype) for kind, size in self.counts.sizes.items()}
+        self.energy = torch.ones(self.counts.sizes["hidden"], dtype=dtype) if rotated else None
         self._learned: dict[str, Tensor] = {}
         self._step = 0
 
     def set_scores(self, scores: Mapping[str, Tensor]) -> None:
         """Take scores, 0 or more, from elsewhere, of open units only."""
-        for kind, own in self.scores.items():
+        for kind, own in self._scored():
             own.copy_(torch.where(own == CLOSED, CLOSED, scores[kind].to(self.dtype)))
+
+    def set_energy(self, energy: Tensor) -> None:
+        """Take the energies of the principal axes that the hidden dimensions are, the largest first."""
+        assert self.energy is not None
+        self.energy.copy_(energy)
 
     def close(self, step: int) -> None:
         """Close the units that are not to be open at ``step``."""
+        if self.energy is not None:
+            own = self.scores["hidden"]
+            own.copy_(torch.where(own == CLOSED, CLOSED, self.energy))
         progress = 1 - (1 - min(1.0, step / self.warmup_steps)) ** 3 if self.warmup_steps else 1.0
         for kind, scores in self.scores.items():
             scores[~self.counts.largest(kind, scores, progress)] = CLOSED
@@ -75,7 +86,7 @@ class Scored(Method):
         self._step = step
         if self.decay is not None:
             self._learned = self._fisher(step, microbatches, of, gradients, ranks)
-        return sparsity_report(self.decide_now(), self.source)
+        return sparsity_report(self.expected(), self.source)
 
     def _fisher(
         self, step: int, microbatches: range, of: int, gradients: Sequence[Mapping[str, Tensor]], ranks: Ranks
@@ -108,22 +119,37 @@ class Scored(Method):
         return kept, weights
 
     def advance(self) -> None:
-        for kind, learned in self._learned.items():
-            self.scores[kind].copy_(torch.where(self.scores[kind] == CLOSED, CLOSED, learned))
+        for kind, own in self._scored():
+            if kind in self._learned:
+                own.copy_(torch.where(own == CLOSED, CLOSED, self._learned[kind]))
         if self._step >= 0:
             self.close(self._step + 1)
 
     def decide(self) -> Masks:
-        return Masks(**{kind: self.counts.largest(kind, scores).to(self.dtype) for kind, scores in self.scores.items()})
+        return self._masks({kind: self.counts.largest(kind, scores) for kind, scores in self.scores.items()})
 
     def decide_now(self) -> Masks:
-        return Masks(**{kind: (scores != CLOSED).to(self.dtype) for kind, scores in self.scores.items()})
+        return self._masks({kind: scores != CLOSED for kind, scores in self.scores.items()})
 
     def expected(self) -> Masks:
-        return self.decide_now()
+        return Masks(**{kind: (scores != CLOSED).to(self.dtype) for kind, scores in self.scores.items()})
+
+    def _masks(self, kept: Mapping[str, Tensor]) -> Masks:
+        """1 where kept. Principal axes get one value that makes up for the energy lost, of norms over fewer dimensions:
+        the stream's scale is the norms' to forget, so what is left of it is their outputs times this value."""
+        masks = {kind: open_.to(self.dtype) for kind, open_ in kept.items()}
+        if self.energy is not None:
+            share = self.energy[kept["hidden"]].sum() / self.energy.sum()
+            masks["hidden"] *= (share / masks["hidden"].mean()).sqrt()
+        return Masks(**masks)
+
+    def _scored(self) -> list[tuple[str, Tensor]]:
+        """The kinds whose scores are not their energies."""
+        return [(kind, own) for kind, own in self.scores.items() if self.energy is None or kind != "hidden"]
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"scores.{kind}": scores for kind, scores in self.scores.items()}
+        found = {f"scores.{kind}": scores for kind, scores in self.scores.items()}
+        return found if self.energy is None else found | {"rotation.energy": self.energy}
 
     def is_finite(self) -> bool:
         return all(bool(learned.isfinite().all()) for learned in self._learned.values())

@@ -4,10 +4,12 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from shear_tron.architecture import Architecture
 from shear_tron.config import Section
 from shear_tron.data.config import DataConfig
 from shear_tron.parallel.config import ParallelConfig
 from shear_tron.pruning.config import PruneConfig
+from shear_tron.pruning.rotate import untied
 
 
 class TrainConfig(Section):
@@ -53,6 +55,15 @@ class OptimizerConfig(Section):
     moments: str | None = None  # a pruning run: go on with its Adam moments, cut as the model was; none: from zero
 
 
+class DistillConfig(Section):
+    """Learning from a teacher, run forward in the same layout at every step; in pruning and in plain training."""
+
+    model: str  # the teacher: a Hugging Face folder with the same tokenizer
+    alpha: float = Field(default=0.5, gt=0, le=1)  # share of the divergence; the rest is the next-token loss
+    temperature: float = Field(default=1.0, gt=0)  # of both models in the divergence
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the teacher; auto: that of train.precision
+
+
 class CheckpointConfig(Section):
     """When to save, and how much to keep."""
 
@@ -78,4 +89,11 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     prune: PruneConfig | None = None
+    distill: DistillConfig | None = None
     parallel: ParallelConfig = ParallelConfig()
+
+    def source(self, architecture: Architecture) -> Architecture:
+        """What this run trains, started from a model of ``architecture``: the same, or untied to be rotated."""
+        if self.prune is None or not self.prune.rotate:
+            return architecture
+        return untied(architecture)

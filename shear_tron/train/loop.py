@@ -20,6 +20,7 @@ from shear_tron.parallel.agree import AgreedError
 from shear_tron.parallel.data import shard
 from shear_tron.parallel.pipeline import Engine, build_stages
 from shear_tron.parallel.topology import Topology
+from shear_tron.pruning.rotate import Turned
 from shear_tron.pruning.snapshot import snapshot
 from shear_tron.train.evaluation import DomainLosses, HeldOut, not_finite
 from shear_tron.train.facts import facts, peak_memory
@@ -29,9 +30,11 @@ from shear_tron.train.moments import go_on_with
 from shear_tron.train.optimizer import adamw, moments, set_updates, start_moments
 from shear_tron.train.plan import Inputs, Plan
 from shear_tron.train.pruner import Pruner
+from shear_tron.train.rotation import rotate
 from shear_tron.train.run_folder import CONFIG
 from shear_tron.train.schedule import rate_factor
 from shear_tron.train.speed import StepCost
+from shear_tron.train.teacher import Teacher, readout_of, teacher_precision
 from shear_tron.train.viewers import viewers
 
 SNAPSHOTS = 64  # of the gates in a run, about
@@ -44,20 +47,17 @@ class Trainer:
         self.plan, self.inputs, self.topology, self.compute = plan, inputs, topology, compute
         self.config, self.run = plan.config, Path(plan.config.run)
         train = self.config.train
-        stages = build_stages(plan.architecture, topology, train.activation_checkpointing)
+        readout = readout_of(self.config)
+        stages = build_stages(plan.architecture, topology, train.activation_checkpointing, readout)
         self.stages = [shard(stage, inputs.weights, topology, torch.float32, compute) for stage in stages]
-        self.engine = Engine(
-            self.stages,
-            topology,
-            plan.microbatches,
-            train.micro_batch,
-            self.config.data.sequence,
-            compute,
-            self._document_ends if self.config.data.document_masking else None,
-        )
-        self.optimizer = adamw(
-            (parameter for stage in self.stages for parameter in stage.parameters()), self.config.optimizer
-        )
+        documents = self._document_ends if self.config.data.document_masking else None
+        counts = plan.microbatches, train.micro_batch, self.config.data.sequence
+        self.engine = Engine(self.stages, topology, *counts, compute, documents)
+        self.teacher: Teacher | None = None
+        if inputs.teacher:
+            dtype = teacher_precision(self.config, compute)
+            self.teacher = Teacher(inputs.teacher.architecture, inputs.teacher, topology, *counts, dtype, documents)
+        self.optimizer = adamw((p for stage in self.stages for p in stage.parameters()), self.config.optimizer)
         layers, sequence = range(plan.architecture.shape.layers), self.config.data.sequence
         self.dense_flops = flops(plan.architecture, layers, True, train.batch * sequence, sequence)  # of a step
         self.pruner: Pruner | None = None
@@ -96,6 +96,10 @@ class Trainer:
         try:
             if self.pruner and not self.step:
                 log.say(f"scoring units on {self.pruner.config.batches_before} batches")
+                if isinstance(self.inputs.weights, Turned):
+                    log.say("turning the residual stream to its principal axes")
+                    energy = rotate(self.engine, batches, self.config, self.inputs.weights, self.topology)
+                    self.pruner.set_energy(energy)
                 self.pruner.calibrate(self.engine, batches, self._own_microbatches())
                 self.pruner.begin(self.inputs.weights.read)
             # where there are no steps, only units to choose
@@ -147,7 +151,8 @@ class Trainer:
         began = time.perf_counter()
         if self.pruner:
             sampled, gated = self.pruner.sample(self.step, self._own_microbatches())
-        found = self.engine.broadcast(self.engine.train(tokens, labels, gated), len(tokens))[0]
+        contexts = self.teacher.teach(tokens, labels, gated) if self.teacher else gated
+        found, *terms = self.engine.broadcast(self.engine.train(tokens, labels, contexts), len(tokens))
         report: dict[str, Any] = {}
         if self.pruner and sampled and gated:
             report |= self.pruner.backward(self.step, sampled, gated)
@@ -155,6 +160,8 @@ class Trainer:
         sync.sum_tied(self.stages, self.topology)
         norm = sync.clip(self.stages, optimizer.clip, self.topology)
         losses = DomainLosses.of(found, domains, self.inputs.names, self.topology)
+        for name, term in zip(self.engine.readout.terms[1:], terms, strict=True):
+            report[name] = DomainLosses.of(term, domains, self.inputs.names, self.topology).mean()
         factor = rate_factor(self.config, self.step)
         why = self.health.reason_to_skip(losses, float(norm), self.pruner is None or self.pruner.is_finite())
         if why:
@@ -171,6 +178,7 @@ class Trainer:
         report["flops"] = self.dense_flops
         if self.cost and sampled and gated:
             report |= self.cost.report(sampled, gated, seconds, pruned_seconds)
+        report["flops"] += self.teacher.flops if self.teacher else 0
         tokens_in_batch = train.batch * self.config.data.sequence
         return {
             "step": self.step + 1,

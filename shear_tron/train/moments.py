@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
-from shear_tron.checkpoint import huggingface, sharded
+from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.safetensors_stream import Writer
 from shear_tron.masks import Masks
 from shear_tron.parallel.agree import require_all
@@ -30,7 +30,7 @@ def require_pruned_to(run: str, architecture: Architecture) -> None:
     folder = RunFolder.open(run)
     if folder.config.prune is None:
         raise ValueError(f"optimizer.moments={run} is a run without masks; give the pruning run that made the model")
-    target = folder.config.prune.target.shape(huggingface.read_architecture(folder.model).shape)
+    target = folder.config.prune.target.shape(folder.source.shape)
     if target != architecture.shape:
         raise ValueError(
             f"optimizer.moments={run} prunes to {target}, the model is {architecture.shape}; give the run that made it"
@@ -70,7 +70,7 @@ def write_cut_moments(run: RunFolder, folder: Path) -> None:
     second 1 / m^2.
     """
     assert run.config.prune is not None
-    source = huggingface.read_architecture(run.model)
+    source = run.source
     target = run.config.prune.target.shape(source.shape)
     reader = sharded.Reader(run.checkpoint)
     masks = read_method(run.config.prune, source, target, reader.read).decide()

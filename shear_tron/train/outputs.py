@@ -29,7 +29,7 @@ def extract(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
     """
     if run.config.prune is None:
         raise ValueError(f"{run.path} is a training run without masks; use `shear-tron export {run.path} {output}`")
-    source = huggingface.read_architecture(run.model)
+    source = run.source
     target = run.config.prune.target.shape(source.shape)
     reader = sharded.Reader(run.checkpoint)
     method = read_method(run.config.prune, source, target, reader.read)

@@ -14,6 +14,7 @@ from shear_tron.data.manifest import Manifest
 from shear_tron.data.mixture import Mixture
 from shear_tron.parallel.topology import Layout, choose_device
 from shear_tron.pruning.make import make_method
+from shear_tron.pruning.rotate import Turned
 from shear_tron.shape import Shape
 from shear_tron.train import viewers
 from shear_tron.train.config import RunConfig
@@ -47,16 +48,17 @@ class Plan:
 class Inputs:
     """What a run reads, found to be whole and to belong together."""
 
-    weights: Weights
+    weights: Weights | Turned
     manifest: Manifest
     names: tuple[str, ...]  # of domains, in the order in which the sampler knows them
     proportions: tuple[float, ...]  # starting weights
     references: dict[str, float] | None  # losses of the domains; None: measured from the model, or none wanted
+    teacher: Weights | None = None  # to learn from
 
 
 def plan(config: RunConfig, world: int) -> Plan:
     """Check sizes against each other. Reads no more than the model's config.json. Raises ValueError in one line."""
-    architecture = read_architecture(config.model)
+    architecture = config.source(read_architecture(config.model))
     target = None
     if config.prune is None and not config.train.steps:
         raise ConfigError("train.steps=0 is for choosing units with a `prune` section; use 1 or more steps")
@@ -82,6 +84,8 @@ def plan(config: RunConfig, world: int) -> Plan:
         )
     layout = Layout.plan(config.parallel, architecture.shape, world)
     layout.require_batch(config.train.batch, config.train.micro_batch, config.data.sequence)
+    if config.distill:
+        _require_teacher(config, architecture, world)
     return Plan(config, architecture, target, layout)
 
 
@@ -89,7 +93,9 @@ def inputs(plan: Plan) -> Inputs:
     """Open weights and data and check them against the model. Raises ValueError in one line."""
     config, shape = plan.config, plan.architecture.shape
     viewers.require(config.log)
-    weights = Weights.open(config.model, plan.architecture)
+    weights: Weights | Turned = Weights.open(config.model, read_architecture(config.model))
+    if config.prune and config.prune.rotate:
+        weights = Turned(weights, read_architecture(config.model))
     manifest = Manifest.read(config.data.folder, tokenizer=config.model, vocab=shape.vocab)
     mixture = _mixture(config.data.weights, manifest)
     names, proportions = tuple(mixture), tuple(mixture.values())
@@ -104,7 +110,31 @@ def inputs(plan: Plan) -> Inputs:
         require_pruned_to(config.optimizer.moments, plan.architecture)
     if checkpoint is not None:
         sharded.progress(checkpoint)  # it is whole
-    return Inputs(weights, manifest, names, proportions, references)
+    teacher = None
+    if config.distill:
+        Manifest.read(config.data.folder, tokenizer=config.distill.model, vocab=shape.vocab)
+        teacher = Weights.open(config.distill.model, read_architecture(config.distill.model))
+    return Inputs(weights, manifest, names, proportions, references, teacher)
+
+
+def _require_teacher(config: RunConfig, student: Architecture, world: int) -> None:
+    """ValueError unless the teacher has the student's vocabulary and context, and splits over its layout."""
+    assert config.distill is not None
+    teacher = read_architecture(config.distill.model)
+    if teacher.shape.vocab != student.shape.vocab:
+        raise ConfigError(
+            f"distill.model={config.distill.model} has vocab={teacher.shape.vocab}, the model {student.shape.vocab}; "
+            "use a teacher with the model's tokenizer"
+        )
+    if config.data.sequence > teacher.context:
+        raise ConfigError(
+            f"data.sequence={config.data.sequence} is longer than the teacher's context={teacher.context}; use at most "
+            f"{teacher.context}"
+        )
+    try:
+        Layout.plan(config.parallel, teacher.shape, world)
+    except ValueError as error:
+        raise ConfigError(f"distill.model={config.distill.model}: {error}") from None
 
 
 def _mixture(given: dict[str, float] | str, manifest: Manifest) -> dict[str, float]:

@@ -68,6 +68,11 @@ class Pruner:
                 raise AgreedError("scores of units are not finite; the model or the data is damaged")
             self.step()
 
+    def set_energy(self, energy: Tensor) -> None:
+        """Of the principal axes that the hidden dimensions are now."""
+        assert isinstance(self.method, Scored)
+        self.method.set_energy(energy)
+
     def begin(self, read: Callable[[str], Tensor]) -> None:
         """Before the first step of a new run: set the scores that are not learned, and close the first units.
 

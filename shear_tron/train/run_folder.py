@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import sharded
+from shear_tron.checkpoint.huggingface import read_architecture
 from shear_tron.config import load
 from shear_tron.train.config import RunConfig
 
@@ -44,6 +46,11 @@ class RunFolder:
     def step(self) -> int:
         """Of the checkpoint."""
         return int(self.checkpoint.name.removeprefix("step-"))
+
+    @property
+    def source(self) -> Architecture:
+        """What the run trained."""
+        return self.config.source(read_architecture(self.model))
 
     @property
     def data(self) -> Path:

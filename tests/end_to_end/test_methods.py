@@ -1,5 +1,7 @@
 """Methods of making masks beside the paper's: laws 6 and 12 on whole runs, and units chosen at once."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,4 +138,80 @@ def test_training_without_steps_is_refused(world: Path, tmp_path: Path, capsys: 
     ):
         config = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", "train.steps=0", *overrides]
         assert cli.main(config) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_rotated_run_is_the_same_in_every_layout_and_extracts_what_it_measured(world: Path, tmp_path: Path) -> None:
+    settings = ["prune.method=fisher", "prune.rotate=true", "prune.warmup_steps=2", "train.steps=3"]
+    settings += ["prune.calibration_batches=3", "prune.target.hidden=32"]
+    train(world, tmp_path / "alone", *settings)
+    for name, ranks, layout in (("tp2", 2, ["parallel.tp=2"]), ("pp2 x fsdp2", 4, ["parallel.pp=2"])):
+        run(ranks, on_ranks, str(world / "prune.yaml"), [f"run={tmp_path}/{name}", *settings, *layout])
+        for before, after in zip(metrics.read(tmp_path / "alone"), metrics.read(tmp_path / name), strict=True):
+            assert after["loss"] == pytest.approx(before["loss"], abs=2e-4)
+    alone, other = state(tmp_path / "alone"), state(tmp_path / "pp2 x fsdp2")
+    energy = alone["rotation.energy"]
+    assert (energy[:-1] >= energy[1:]).all()
+    torch.testing.assert_close(energy.sum(), torch.tensor(9.0 * 48), rtol=1e-3, atol=0)  # of 2 x 4 + 1 norms
+    torch.testing.assert_close(other["rotation.energy"], energy, rtol=1e-3, atol=1e-4)
+    assert (alone["scores.hidden"][:32] >= 0).all()
+    assert cli.main(["extract", str(tmp_path / "alone"), str(tmp_path / "small")]) == 0
+    assert not read_architecture(tmp_path / "small").shape.tied
+    measured = ["prune=null", "train.steps=1", "optimizer.learning_rate=1e-12", f"model={tmp_path}/small"]
+    train(world, tmp_path / "measure", *measured)
+    cut, dense = (metrics.read(tmp_path / name)[-1]["held_out"] for name in ("alone", "measure"))
+    assert dense == pytest.approx(cut, abs=1e-4)
+
+
+def test_rotating_alone_changes_no_loss(world: Path, tmp_path: Path) -> None:
+    """The first step's loss, before units close, is that of a run that does not rotate."""
+    settings = ["prune.method=fisher", "prune.warmup_steps=2", "train.steps=2", "prune.calibration_batches=2"]
+    train(world, tmp_path / "plain", *settings, "prune.calibration_batches=4")  # as many batches are used up before
+    train(world, tmp_path / "turned", *settings, "prune.rotate=true")
+    plain, turned = (metrics.read(tmp_path / name)[0]["loss"] for name in ("plain", "turned"))
+    assert turned == pytest.approx(plain, abs=1e-5)
+
+
+def test_rotation_that_makes_no_sense_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for overrides, message in (
+        (["prune.rotate=true"], "hard_concrete learns it"),
+        (["prune.rotate=true", "prune.method=random", "prune.target.hidden=48"], "the target keeps all 48"),
+    ):
+        assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/other", *overrides]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_learns_from_a_teacher_alike_in_every_layout(world: Path, tmp_path: Path) -> None:
+    settings = [f"distill.model={world}/model", "distill.alpha=0.7", "prune.method=fisher", "prune.warmup_steps=2"]
+    settings += ["train.steps=4", "prune.calibration_batches=1", "checkpoint.every=2"]
+    train(world, tmp_path / "alone", *settings)
+    lines = metrics.read(tmp_path / "alone")
+    assert lines[0]["divergence"] == pytest.approx(0, abs=1e-6)  # the source, all units open, is its own teacher
+    assert lines[2]["divergence"] > 1e-4
+    run(4, on_ranks, str(world / "prune.yaml"), [f"run={tmp_path}/ranks", *settings, "parallel.tp=2", "parallel.pp=2"])
+    for before, after in zip(lines, metrics.read(tmp_path / "ranks"), strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], abs=2e-4)
+        assert after["divergence"] == pytest.approx(before["divergence"], abs=2e-4)
+    train(world, tmp_path / "plain", *settings[2:])
+    plain = metrics.read(tmp_path / "plain")
+    assert plain[0]["loss"] == lines[0]["loss"]
+    assert plain[-1]["loss"] != lines[-1]["loss"]
+    assert "divergence" not in plain[0]
+    assert lines[0]["flops"] == pytest.approx(plain[0]["flops"] * 4 / 3, rel=1e-6)  # one forward more
+
+
+def test_a_teacher_that_does_not_fit_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for change, message in (
+        ({"vocab_size": 64}, "has vocab=64, the model 320"),
+        ({"max_position_embeddings": 8}, "longer than the teacher's context=8"),
+    ):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | change))
+        arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", f"distill.model={tmp_path}/model"]
+        assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err

@@ -130,7 +130,7 @@ class Run:
             "min_learning_rate": training["min_learning_rate"],
         }
         if "distill" in self.arm:
-            values["distill"] = {"model": str(self.study.source), **self.arm["distill"]}
+            values["distill"] = {"teacher": str(self.study.source), **self.arm["distill"]}
         if begun or of > steps:
             values["optimizer"]["schedule"] = {"steps": of, "before": begun}
         return values

@@ -1,7 +1,8 @@
 """Pipeline parallelism with torch's schedules; one stage without a pipeline is the plain loop over microbatches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -79,18 +80,19 @@ class Engine:
             dtype=compute,
             device=topology.device,
         )
-        self.readout = stages[0].readout
-        self.schedule = self._schedule(micro_batch, time) if topology.layout.pp > 1 else None
+        self.readout, self.micro_batch, self.time = stages[0].readout, micro_batch, time
 
-    def train(self, tokens: Tensor, labels: Tensor, contexts: Sequence[Context] | None) -> Tensor | None:
+    def train(self, tokens: Tensor, labels: Tensor, contexts: Iterable[Context] | None) -> Tensor | None:
         """Add the gradients of the mean loss to parameters and masks; return the losses of each sequence.
 
-        tokens, labels: [batch, time]; contexts: one per microbatch, masks being leaves. The gradient is of the
-        readout's weighted terms, the mean over this rank's batch; FSDP takes the mean over data-parallel ranks. The
-        losses [terms, batch] are known on ranks that hold the last stage, elsewhere the result is None.
+        tokens, labels: [batch, time]; contexts: one per microbatch, masks being leaves; without a pipeline each is
+        taken when its turn comes. The gradient is of the readout's weighted terms, the mean over this rank's batch;
+        FSDP takes the mean over data-parallel ranks. The losses [terms, batch] are known on ranks that hold the last
+        stage, elsewhere the result is None.
         """
         contexts = self._placed(tokens, contexts or [DENSE] * self.count)
-        if self.schedule is not None:
+        if self.topology.layout.pp > 1:
+            contexts = list(contexts)
             for stage in self.stages:
                 cast(PipelinePart, stage).waiting = iter(contexts)
             inputs = (tokens,) if any(stage.is_first for stage in self.stages) else ()
@@ -109,14 +111,21 @@ class Engine:
             found.append(loss.detach())
         return torch.cat(found, 1)
 
-    @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor, context: Context) -> Tensor | None:
-        """The losses of each sequence, without gradients; as ``train`` but with the same masks throughout.
+        """The losses of each sequence, without gradients; as ``train`` but with the same masks throughout."""
+        losses = self.forward(tokens, labels, [context] * self.count)
+        self.reshard()
+        return torch.cat(losses, 1) if losses else None
 
-        Schedules are made for training steps; forward alone needs only messages down the line.
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, labels: Tensor, contexts: Sequence[Context]) -> list[Tensor]:
+        """What the readout makes of each microbatch, without gradients; empty where the last stage is not.
+
+        Schedules are made for training steps; forward alone needs only messages down the line. Parameters may be left
+        gathered: see ``reshard``.
         """
-        group, losses, sent = self.topology.mesh.get_group("pp"), [], []
-        placed = self._placed(tokens, [context] * self.count)
+        group, found, sent = self.topology.mesh.get_group("pp"), [], []
+        placed = list(self._placed(tokens, contexts))
         parts = list(zip(tokens.chunk(self.count), labels.chunk(self.count), placed, strict=True))
         for stage in self.stages:
             if isinstance(stage, PipelinePart):
@@ -128,17 +137,24 @@ class Engine:
                     dist.recv(x, group=group, group_src=(self.topology.pp_rank - 1) % self.topology.layout.pp)
                 x = stage(x, wanted) if isinstance(stage, PipelinePart) else stage(x, wanted, under)
                 if stage.is_last:
-                    losses.append(x)
+                    found.append(x)
                 else:
                     to = (self.topology.pp_rank + 1) % self.topology.layout.pp
                     sent.append((x, dist.isend(x, group=group, group_dst=to)))  # x lives until it is sent
-            for module in stage.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()  # no backward will, and the optimizer wants the sharded parameters
         for _, work in sent:
             if work is not None:
                 work.wait()
-        return torch.cat(losses, 1) if losses else None
+        return found
+
+    def reshard(self, outside: bool = True) -> None:
+        """Let gathered parameters go after ``forward``: no backward will, and an optimizer wants the sharded ones.
+
+        outside: also those outside the layers.
+        """
+        for stage in self.stages:
+            for name, module in stage.named_modules():
+                if isinstance(module, FSDPModule) and (outside or name):
+                    module.reshard()
 
     def broadcast(self, losses: Tensor | None, sequences: int) -> Tensor:
         """What ``train`` or ``evaluate`` returned, [terms, sequences], known to every pipeline rank."""
@@ -153,21 +169,21 @@ class Engine:
         precision = torch.float64 if self.message.dtype == torch.float64 else torch.float32
         return torch.empty(len(self.readout.terms), sequences, dtype=precision, device=self.topology.device)
 
-    def _placed(self, tokens: Tensor, contexts: Sequence[Context]) -> Sequence[Context]:
-        if self.documents is None:
-            return contexts
-        parts = zip(contexts, tokens.chunk(self.count), strict=True)
-        return [replace(context, documents=self.documents(rows)) for context, rows in parts]
+    def _placed(self, tokens: Tensor, contexts: Iterable[Context]) -> Iterable[Context]:
+        for context, rows in zip(contexts, tokens.chunk(self.count), strict=True):
+            yield replace(context, documents=self.documents(rows)) if self.documents else context
 
     def _minimised(self, losses: Tensor) -> Tensor:
         """One microbatch's share of what is minimised; losses: [terms, sequences]."""
         return losses.mean(1) @ losses.new_tensor(self.readout.weights) / self.count
 
-    def _schedule(self, micro_batch: int, time: int) -> Any:
+    @cached_property
+    def schedule(self) -> Any:
+        """Of a pipeline."""
         layout, device = self.topology.layout, self.topology.device
         # Shapes are said beforehand; a schedule would find them out by running stages on meta tensors.
-        ids = torch.empty(micro_batch, time, dtype=torch.int64, device=device)
-        losses = self._empty_losses(micro_batch)
+        ids = torch.empty(self.micro_batch, self.time, dtype=torch.int64, device=device)
+        losses = self._empty_losses(self.micro_batch)
         group = self.topology.mesh.get_group("pp")
         parts: list[Any] = [
             PipelineStage(

@@ -58,7 +58,7 @@ class OptimizerConfig(Section):
 class DistillConfig(Section):
     """Learning from a teacher, run forward in the same layout at every step; in pruning and in plain training."""
 
-    model: str  # the teacher: a Hugging Face folder with the same tokenizer
+    teacher: str  # a Hugging Face folder with the same tokenizer, such as the source
     alpha: float = Field(default=0.5, gt=0, le=1)  # share of the divergence; the rest is the next-token loss
     temperature: float = Field(default=1.0, gt=0)  # of both models in the divergence
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the teacher; auto: that of train.precision

@@ -151,7 +151,7 @@ class Trainer:
         began = time.perf_counter()
         if self.pruner:
             sampled, gated = self.pruner.sample(self.step, self._own_microbatches())
-        contexts = self.teacher.teach(tokens, labels, gated) if self.teacher else gated
+        contexts = self.teacher.teach(tokens, gated) if self.teacher else gated
         found, *terms = self.engine.broadcast(self.engine.train(tokens, labels, contexts), len(tokens))
         report: dict[str, Any] = {}
         if self.pruner and sampled and gated:

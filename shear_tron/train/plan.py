@@ -112,18 +112,18 @@ def inputs(plan: Plan) -> Inputs:
         sharded.progress(checkpoint)  # it is whole
     teacher = None
     if config.distill:
-        Manifest.read(config.data.folder, tokenizer=config.distill.model, vocab=shape.vocab)
-        teacher = Weights.open(config.distill.model, read_architecture(config.distill.model))
+        Manifest.read(config.data.folder, tokenizer=config.distill.teacher, vocab=shape.vocab)
+        teacher = Weights.open(config.distill.teacher, read_architecture(config.distill.teacher))
     return Inputs(weights, manifest, names, proportions, references, teacher)
 
 
 def _require_teacher(config: RunConfig, student: Architecture, world: int) -> None:
     """ValueError unless the teacher has the student's vocabulary and context, and splits over its layout."""
     assert config.distill is not None
-    teacher = read_architecture(config.distill.model)
+    teacher = read_architecture(config.distill.teacher)
     if teacher.shape.vocab != student.shape.vocab:
         raise ConfigError(
-            f"distill.model={config.distill.model} has vocab={teacher.shape.vocab}, the model {student.shape.vocab}; "
+            f"distill.teacher={config.distill.teacher} has vocab={teacher.shape.vocab}, the model {student.shape.vocab}; "
             "use a teacher with the model's tokenizer"
         )
     if config.data.sequence > teacher.context:
@@ -134,7 +134,7 @@ def _require_teacher(config: RunConfig, student: Architecture, world: int) -> No
     try:
         Layout.plan(config.parallel, teacher.shape, world)
     except ValueError as error:
-        raise ConfigError(f"distill.model={config.distill.model}: {error}") from None
+        raise ConfigError(f"distill.teacher={config.distill.teacher}: {error}") from None
 
 
 def _mixture(given: dict[str, float] | str, manifest: Manifest) -> dict[str, float]:

@@ -1,14 +1,14 @@
 """A teacher is a second list of stages, in the same layout, run forward only before each step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
-from shear_tron.model.context import DENSE, Context
-from shear_tron.model.distill import Distill, HandOver
+from shear_tron.model.context import DENSE, Context, TeacherStates
+from shear_tron.model.distill import Distill, FinalStates
 from shear_tron.model.flops import flops
 from shear_tron.model.readout import NEXT_TOKEN, Readout
 from shear_tron.parallel.data import Weights, shard
@@ -31,6 +31,9 @@ def readout_of(config: RunConfig) -> Readout:
 class Teacher:
     """Gives the microbatches of a step their teacher's final states, on ranks that hold the last stage.
 
+    FSDP shards its layers and gathers them one at a time; embedding, final norm and head stay whole on the ranks that
+    hold them.
+
     Args:
         architecture, weights: the teacher; ``layout`` must split it as it splits the student.
         count, micro_batch, time, documents: as for ``Engine``.
@@ -48,20 +51,30 @@ class Teacher:
         compute: torch.dtype,
         documents: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.hand_over = HandOver()
-        stages = build_stages(architecture, topology, "none", self.hand_over)
+        self.readout, self.count, self.in_pipeline = FinalStates(), count, topology.layout.pp > 1
+        stages = build_stages(architecture, topology, "none", self.readout)
         stages = [shard(stage, weights, topology, compute, compute) for stage in stages]
         for stage in stages:
             stage.requires_grad_(False)
-        self.engine = Engine(stages, topology, count, micro_batch, time, compute, documents)
+        # Without a pipeline a microbatch is taught when its turn comes: one's states are in memory, not all.
+        self.engine = Engine(stages, topology, count if self.in_pipeline else 1, micro_batch, time, compute, documents)
         tokens, layers = count * micro_batch * time * topology.layout.dp, range(architecture.shape.layers)
         self.flops = flops(architecture, layers, True, tokens, time) // 3  # of a step on all ranks; no backward
 
-    def teach(self, tokens: Tensor, labels: Tensor, contexts: Sequence[Context] | None) -> list[Context]:
-        """The contexts of this rank's microbatches with the teacher's states. tokens, labels: [batch, time]."""
-        self.hand_over.given = []
-        self.engine.evaluate(tokens, labels, DENSE)
-        contexts, given = contexts or [DENSE] * self.engine.count, self.hand_over.given
-        if not given:  # another pipeline rank has the last stage
-            return list(contexts)
-        return [replace(context, teacher=states) for context, states in zip(contexts, given, strict=True)]
+    def teach(self, tokens: Tensor, contexts: Sequence[Context] | None) -> Iterable[Context]:
+        """The contexts of this rank's microbatches with the teacher's states. tokens: [batch, time]."""
+        contexts = contexts or [DENSE] * self.count
+        if self.in_pipeline:
+            states = self._forward(tokens)
+            return self._with(contexts, states) if states else contexts  # only the last stage has and reads them
+        return self._with(contexts, (self._forward(rows)[0] for rows in tokens.chunk(self.count)))
+
+    def _with(self, contexts: Iterable[Context], states: Iterable[Tensor]) -> Iterable[Context]:
+        for context, found in zip(contexts, states, strict=True):
+            yield replace(context, teacher=TeacherStates(found, self.readout.head))
+
+    def _forward(self, tokens: Tensor) -> list[Tensor]:
+        """Final states by microbatch. Layers go back to their shards; the head stays whole, to be read in the step."""
+        states = self.engine.forward(tokens, tokens, [DENSE] * self.engine.count)
+        self.engine.reshard(outside=False)
+        return states

@@ -184,7 +184,7 @@ def test_rotation_that_makes_no_sense_is_refused(
 
 
 def test_a_run_learns_from_a_teacher_alike_in_every_layout(world: Path, tmp_path: Path) -> None:
-    settings = [f"distill.model={world}/model", "distill.alpha=0.7", "prune.method=fisher", "prune.warmup_steps=2"]
+    settings = [f"distill.teacher={world}/model", "distill.alpha=0.7", "prune.method=fisher", "prune.warmup_steps=2"]
     settings += ["train.steps=4", "prune.calibration_batches=1", "checkpoint.every=2"]
     train(world, tmp_path / "alone", *settings)
     lines = metrics.read(tmp_path / "alone")
@@ -212,6 +212,6 @@ def test_a_teacher_that_does_not_fit_is_refused(
         ({"max_position_embeddings": 8}, "longer than the teacher's context=8"),
     ):
         (tmp_path / "model" / "config.json").write_text(json.dumps(config | change))
-        arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", f"distill.model={tmp_path}/model"]
+        arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", f"distill.teacher={tmp_path}/model"]
         assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import shear_kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shear_tron.architecture import Architecture
+from shear_tron.architecture import Architecture, Rope
 from shear_tron.model.rope import rope_table
 
 
@@ -31,11 +32,19 @@ class Positions:
         rope, turning = architecture.rope, int(architecture.shape.head_dim * architecture.rope.share)
         precision = torch.float64 if dtype == torch.float64 else torch.float32
         if documents is None:
-            return cls(time, *rope_table(rope, turning, torch.arange(time, device=device), precision))
+            return cls(time, *_of_sequence(rope, turning, time, device, precision))
         token = torch.arange(tokens, device=device)
         starts = documents[torch.searchsorted(documents, token, right=True) - 1]
         cos, sin = rope_table(rope, turning, token - starts, precision)
         return cls(time, cos.view(-1, time, cos.shape[-1]), sin.view(-1, time, sin.shape[-1]), documents)
+
+
+@lru_cache(maxsize=8)
+def _of_sequence(
+    rope: Rope, turning: int, time: int, device: torch.device, precision: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The angles of every sequence of a run: made once, not for each microbatch."""
+    return rope_table(rope, turning, torch.arange(time, device=device), precision)
 
 
 def attention(

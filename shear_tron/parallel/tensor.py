@@ -34,6 +34,8 @@ class TensorParallel(Split):
             self.all_reduce_sum = lambda x: _all_reduced(x, dist.ReduceOp.SUM, self.group)
 
     def weight(self, parameter: Tensor, row: Row) -> Tensor:
+        if self.size == 1:
+            return parameter  # which FSDP has gathered to a plain tensor
         assert isinstance(parameter, DTensor)
         # The gradient of a weight that every rank holds whole is a part of a sum where ranks saw different things: this
         # rank's heads, or under sequence parallelism its tokens.
@@ -71,7 +73,10 @@ class TensorParallel(Split):
         return self.rank * each, (self.rank + 1) * each
 
     def parameter(self, part: Tensor, row: Row) -> nn.Parameter:
-        """The parameter of which this rank holds ``part``."""
+        """The parameter of which this rank holds ``part``: a plain one where nothing is cut, which saves the host a
+        DTensor in every use."""
+        if self.size == 1:
+            return nn.Parameter(part)
         return nn.Parameter(DTensor.from_local(part, self.mesh, [self.placement(row)], run_check=False))
 
 

@@ -26,12 +26,12 @@ def test_laws_hold_under_the_interpreter() -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,  # two idle cores take a third of it
     )
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout
-    assert int(passed[1]) > 250, f"only {passed[1]} laws ran"
+    assert int(passed[1]) > 450, f"only {passed[1]} laws ran"
 
 
 def _release(package: ModuleType) -> tuple[int, ...]:

@@ -20,9 +20,6 @@ from torch import Tensor, compiler, dtype, float64, int64
 from shear_kernels import cross_entropy, dense_attention, gather_blocks, reference
 from shear_kernels.cross_entropy import KEPT_BYTES, Reduce
 from shear_kernels.dense_attention import AttentionBackend
-from shear_kernels import cross_entropy, dense_attention, gather_blocks, reference
-from shear_kernels.cross_entropy import KEPT_BYTES, Reduce
-from shear_kernels.dense_attention import AttentionBackend
 from shear_kernels.distillation import vocab_distillation
 
 Backend = Literal["triton", "reference"]

@@ -83,9 +83,9 @@ def test_documents(causal: bool, documents: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("documents", ["none", "inside rows", "across rows, open end"])
-@pytest.mark.parametrize("window", [2, 7, 32, 50])
+@pytest.mark.parametrize("window", [7, 50])
 def test_windows(window: int, documents: str, dtype: torch.dtype) -> None:
-    """Shorter than a block, of its size and longer, in documents too."""
+    """Shorter than a block and longer, in documents too."""
     cu_seqlens = cumulative(DOCUMENTS[documents])
     assert_lawful("masked_attention", inputs(2, 67, 3, 1, 32, "soft", dtype), window=window, cu_seqlens=cu_seqlens)
 

@@ -142,11 +142,11 @@ const clipped = [], empty = [];
 for (const chart of document.querySelectorAll(".chart")) {
   const svg = chart.querySelector("svg");
   if (!svg || svg.querySelectorAll("path,rect,text").length < 5) { empty.push(chart.id); continue; }
-  const edge = chart.closest(".card").getBoundingClientRect();
+  const edge = svg.getBoundingClientRect();
   for (const text of svg.querySelectorAll("text")) {
     const box = text.getBoundingClientRect();
     const shown = text.textContent && getComputedStyle(text).opacity !== "0" && text.getAttribute("opacity") !== "0";
-    if (shown && (box.left < edge.left || box.right > edge.right || text.textContent.endsWith("…")))
+    if (shown && (box.left < edge.left - 1 || box.right > edge.right + 1 || text.textContent.endsWith("…")))
       clipped.push(chart.id + ": " + text.textContent);
   }
 }

@@ -71,8 +71,15 @@ def _loss(story: Story) -> Figure:
             training.append({**at, "loss": line["loss"], "what": "training batch"})
             if "held_out" in line:
                 evaluated.append({**at, "loss": mean(line["held_out"]), "what": "held out, mean"})
+    for stage in story.baselines:
+        evaluated += [
+            {"tokens": line["tokens"], "run": stage.name, "loss": mean(line["held_out"]), "what": stage.name}
+            for line in stage.lines
+            if "held_out" in line and line["tokens"] <= story.stages[-1].last["tokens"]
+        ]
+    named = ["training batch", "held out, mean", *(stage.name for stage in story.baselines)]
     y = alt.Y("loss:Q", title="loss, nats per token", scale=alt.Scale(zero=False))
-    kind = alt.Color("what:N", title=None, scale=alt.Scale(domain=["training batch", "held out, mean"]))
+    kind = alt.Color("what:N", title=None, scale=alt.Scale(domain=named))
     tooltip = ["run:N", "step:Q", "tokens:Q", alt.Tooltip("loss:Q", format=".3f")]
     lines = [
         chart(training).mark_line(strokeWidth=1, opacity=0.55).encode(x=_x(story), y=y, color=kind, detail="run:N"),

@@ -93,6 +93,7 @@ def test_a_run_that_goes_on_can_be_reported(runs: tuple[str, str], tmp_path: Pat
     assert cli.main(["report", str(tmp_path / "running")]) == 0
     text = (tmp_path / "running" / "report.html").read_text()
     assert "step 7 of 8" in text
+    assert "steps for another" in text
     assert "missed by" not in text
 
 

@@ -148,7 +148,8 @@ class Run:
         lines = metrics.read(self.folder / "prune")
         spent = sum(line["flops"] for line in lines if line["step"])
         batches = self.study.training["calibration_batches"]
-        seen = batches * (self.arm["prune"]["method"] == "fisher") + batches / 3 * bool(self.arm["prune"].get("rotate"))
+        forward = (self.arm["prune"]["method"] == "activation") + bool(self.arm["prune"].get("rotate"))
+        seen = batches * (self.arm["prune"]["method"] == "fisher") + batches / 3 * forward
         return float(spent + self.study.operations(self.study.source, seen))
 
     def result(self, arm: str, table: str) -> Values:

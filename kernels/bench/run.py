@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +56,19 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def time_cuda(run: Callable[[], object], before: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median and quartile distance in seconds of ``run``, each after an untimed ``before`` and a flushed cache."""
+def time_cuda(run: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median and quartile distance in seconds of ``run``, each after a flushed cache."""
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    for _ in range(3):
-        before()
-        run()
     times = []
-    for _ in range(repeats):
-        before()
+    for repeat in range(repeats + 3):
         flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+        if repeat >= 3:
+            times.append(start.elapsed_time(end) / 1e3)
     low, _, high = statistics.quantiles(times, n=4)
     return statistics.median(times), high - low
 
@@ -79,7 +77,7 @@ def copy_bandwidth(repeats: int) -> float:
     """Bytes a second read and written by a copy of 1 GiB: what a memory-bound kernel can hope for on this device."""
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
-    seconds, _ = time_cuda(lambda: target.copy_(source), lambda: None, repeats)
+    seconds, _ = time_cuda(lambda: target.copy_(source), repeats)
     return 2 * 2**30 / seconds
 
 
@@ -138,33 +136,51 @@ def measure(problem: Problem, device: roofline.Device, repeats: int) -> list[Res
     return results
 
 
+def calls(
+    rival: Callable[..., Any], tensors: Mapping[str, torch.Tensor]
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Forward, and a backward of outputs made here; each allocates what the rival allocates, and nothing beside it."""
+    outputs = rival(**tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [torch.ones_like(o) for o in outputs]
+    inputs = list(tensors.values())
+    return partial(rival, **tensors), partial(
+        torch.autograd.grad, outputs, inputs, upstream, retain_graph=True, allow_unused=True
+    )
+
+
+def captured(call: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[], Any]:
+    """``call`` as a CUDA graph, so that the GPU is timed and not the host; itself where it cannot be captured."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+    except RuntimeError as error:  # it waits for the host on its way
+        print(f"  no CUDA graph, timed from the host: {str(error).splitlines()[0][:80]}")
+        torch.cuda.synchronize()
+        return call
+    return graph.replay
+
+
 def time_rival(
     rival: Callable[..., Any], tensors: Mapping[str, torch.Tensor], repeats: int
 ) -> list[tuple[float, float, float]]:
     """(median, spread, peak MiB above the inputs) of forward and of backward."""
     timings = []
-    held: list[Any] = []
-
-    def forward() -> None:
-        held[:] = [rival(**tensors)]
-
-    def backward() -> None:
-        outputs = held[0] if isinstance(held[0], tuple) else (held[0],)
-        torch.autograd.grad(outputs, list(tensors.values()), [torch.ones_like(o) for o in outputs], allow_unused=True)
-
-    def prepare() -> None:
-        forward()
-        torch.cuda.synchronize()
-
-    for run, before in ((forward, lambda: None), (backward, prepare)):
-        held.clear()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
-        before()
-        run()
-        peak = (torch.cuda.max_memory_allocated() - base) / 2**20
-        timings.append((*time_cuda(run, before, repeats), peak))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    base = torch.cuda.memory_allocated()
+    with torch.cuda.stream(stream):  # a backward runs where its forward ran, and a graph has a stream of its own
+        for call in calls(rival, tensors):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            peak = (torch.cuda.max_memory_allocated() - base) / 2**20
+            timings.append((*time_cuda(captured(call, stream), repeats), peak))
+    torch.cuda.current_stream().wait_stream(stream)
     return timings
 
 
@@ -196,19 +212,22 @@ def print_compiled(table: Path) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def print_choice(results: Iterable[Result]) -> None:
-    """What this run says of ``dense_attention.MEASURED``: the fastest attention with and without a gate."""
-    for gated, closed in ((True, 0.25), (False, 0.0)):
-        total: dict[str, float] = {}
+def print_choice(results: Sequence[Result]) -> None:
+    """What this run says of ``dense_attention.MEASURED``: the fastest attention, gated and not, with all heads open,
+    among the rivals that ran in every row."""
+    for gated in (True, False):
+        times: dict[str, dict[tuple[str, int, str], float]] = {}
         for r in results:
             takes_gate = r.rival == "kernel" or r.rival.endswith("+ multiply")
-            plain = r.rival in ("kernel, no gate", "sdpa, gate folded into o")
-            if r.op == "masked_attention" and r.closed == closed and (takes_gate if gated else plain):
-                total[r.rival] = total.get(r.rival, 0.0) + r.median_ms
+            plain = r.rival == "kernel, no gate" or r.rival.endswith(", gate folded into o")
+            if r.op == "masked_attention" and r.closed == 0 and (takes_gate if gated else plain):
+                times.setdefault(r.rival, {})[r.model, r.sequence, r.direction] = r.median_ms
+        rows = set().union(*times.values())
+        total = {rival: sum(ms.values()) for rival, ms in times.items() if ms.keys() == rows}
         if total:
             name = min(total, key=lambda rival: total[rival])
             backend = "triton" if name.startswith("kernel") else name.split(",")[0].removesuffix(" + multiply")
-            print(f'for dense_attention.MEASURED: ("{torch.cuda.get_device_name()}", {gated}): "{backend}",')
+            print(f'for dense_attention.MEASURED: ("{results[0].gpu}", {gated}): "{backend}",')
 
 
 def run_on_gpu(chosen: Sequence[tuple[Problem, Problem]], options: argparse.Namespace) -> None:

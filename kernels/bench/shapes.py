@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args
 
 import shear_kernels
 import torch
 import torch.nn.functional as F
 from shear_kernels import reference, roofline
+from shear_kernels.dense_attention import AttentionBackend, can_serve
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
@@ -76,14 +77,18 @@ def attention(m: ModelShape, sequence: int, closed: float, tokens: int) -> Probl
         return lambda **t: shear_kernels.masked_attention(**t, backend=name)
 
     rivals: dict[str, Rival] = {"kernel": backend("triton")}
-    for name in ("sdpa", "sdpa_flash", "sdpa_cudnn", *(["flash_attn"] if find_spec("flash_attn") else [])):
+    dense = [b for b in get_args(AttentionBackend) if b not in ("triton", "reference")]
+    for name in (b for b in dense if can_serve(b, torch.bfloat16, m.head_dim, edges=False)):
         rivals[f"{name} + multiply"] = backend(name)
-    rivals["kernel, no gate"] = lambda q, k, v, head_mask: shear_kernels.masked_attention(q, k, v, backend="triton")
-    sdpa = backend("sdpa")
-    rivals["sdpa, gate folded into o"] = lambda q, k, v, head_mask: sdpa(q=q, k=k, v=v)
+        rivals[f"{name}, gate folded into o"] = _without_gate(name)
+    rivals["kernel, no gate"] = _without_gate("triton")
     rivals["torch.compile"] = torch.compile(reference.masked_attention)
     work = roofline.masked_attention(batch, sequence, m.heads, m.kv_heads, m.head_dim, True, 1 - closed)
     return Problem("masked_attention", m.name, sequence, closed, inputs, reference.masked_attention, rivals, work)
+
+
+def _without_gate(name: Any) -> Rival:
+    return lambda q, k, v, head_mask: shear_kernels.masked_attention(q, k, v, backend=name)
 
 
 def swiglu(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
@@ -102,6 +107,19 @@ def swiglu(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
         rivals["liger + multiply"] = lambda gate, up, mask: LigerSiLUMulFunction.apply(gate, up) * mask.to(gate.dtype)
     work = roofline.masked_swiglu(tokens, m.ffn, 1 - closed)
     return Problem("masked_swiglu", m.name, sequence, closed, inputs, reference.masked_swiglu, rivals, work)
+
+
+def gelu(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
+    def inputs(device: str, dtype: torch.dtype) -> Tensors:
+        return {"x": _normal(tokens, m.ffn, device=device, dtype=dtype), "mask": gates(m.ffn, closed, device)}
+
+    rivals: dict[str, Rival] = {
+        "kernel": lambda **t: shear_kernels.masked_gelu(**t, backend="triton"),
+        "unfused": lambda x, mask: F.gelu(x) * mask.to(x.dtype),
+        "torch.compile": torch.compile(lambda x, mask: F.gelu(x) * mask.to(x.dtype)),
+    }
+    work = roofline.masked_gelu(tokens, m.ffn, 1 - closed)
+    return Problem("masked_gelu", m.name, sequence, closed, inputs, reference.masked_gelu, rivals, work)
 
 
 def norm(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
@@ -143,6 +161,40 @@ def add_norm(m: ModelShape, sequence: int, closed: float, tokens: int) -> Proble
     }
     work = roofline.add_rms_norm(tokens, m.hidden)
     return Problem("add_rms_norm", m.name, sequence, closed, inputs, reference.add_rms_norm, rivals, work)
+
+
+def layer_norm(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
+    def inputs(device: str, dtype: torch.dtype) -> Tensors:
+        mask = gates(m.hidden, closed, device)
+        vectors = {"weight": torch.ones(m.hidden, device=device), "bias": torch.zeros(m.hidden, device=device)}
+        return (
+            {"x": _normal(tokens, m.hidden, device=device, dtype=dtype) * (mask != 0)} | vectors | {"hidden_mask": mask}
+        )
+
+    rivals: dict[str, Rival] = {
+        "kernel": lambda **t: shear_kernels.masked_layer_norm(**t, backend="triton"),
+        "unfused": reference.masked_layer_norm,
+        "torch.compile": torch.compile(reference.masked_layer_norm),
+    }
+    work = roofline.masked_rms_norm(tokens, m.hidden)  # the same bytes but for two vectors
+    return Problem("masked_layer_norm", m.name, sequence, closed, inputs, reference.masked_layer_norm, rivals, work)
+
+
+def residual(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
+    def inputs(device: str, dtype: torch.dtype) -> Tensors:
+        tensors = {n: _normal(tokens, m.hidden, device=device, dtype=dtype) for n in ("residual", "branch")}
+        return tensors | {
+            "hidden_mask": gates(m.hidden, closed, device),
+            "layer_gate": torch.tensor(0.7, device=device),
+        }
+
+    rivals: dict[str, Rival] = {
+        "kernel": lambda **t: shear_kernels.gated_residual(**t, backend="triton"),
+        "unfused": reference.gated_residual,
+        "torch.compile": torch.compile(reference.gated_residual),
+    }
+    work = roofline.gated_residual(tokens, m.hidden)
+    return Problem("gated_residual", m.name, sequence, closed, inputs, reference.gated_residual, rivals, work)
 
 
 def rotary(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:
@@ -210,6 +262,9 @@ GRID: tuple[tuple[Make, tuple[int, ...], tuple[float, ...]], ...] = (
     (swiglu, (4096,), (0.0, 0.25, 0.5, 0.75)),
     (norm, (4096,), (0.0, 0.25, 0.5, 0.75)),
     (add_norm, (4096,), (0.0, 0.25, 0.5, 0.75)),
+    (gelu, (4096,), (0.0, 0.5)),
+    (layer_norm, (4096,), (0.0, 0.5)),
+    (residual, (4096,), (0.0,)),
     (rotary, (4096,), (0.0,)),
     (select_query, (4096,), (0.5,)),
     (select_down, (4096,), (0.5,)),

@@ -12,51 +12,45 @@ is skipped. (The definitions give the derivative, which that clamp discards.)
 """
 
 import os
-from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal, get_args
 
-from torch import Tensor, cuda, dtype, float64, int64
+from torch import Tensor, compiler, dtype, float64, int64
 
-from shear_kernels import dense_attention, gather_blocks, reference
-from shear_kernels.cross_entropy import vocab_cross_entropy
+from shear_kernels import cross_entropy, dense_attention, gather_blocks, reference
+from shear_kernels.cross_entropy import KEPT_BYTES, Reduce
 from shear_kernels.dense_attention import AttentionBackend
 from shear_kernels.distillation import vocab_distillation
-from shear_kernels.reference import gated_residual
 
 Backend = Literal["triton", "reference"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAVE_TRITON = find_spec("triton") is not None  # and each op imports its kernels when it first needs them
 
 
-@cache
-def _module(name: str) -> Any:
-    """A module of kernels, imported when it is first needed: ``import shear_kernels`` works without triton."""
-    if find_spec("triton") is None:
-        raise ValueError("backend='triton' needs triton; pip install triton, or use backend='reference'")
-    return import_module(f"shear_kernels.{name}")
-
-
-@cache
-def _have_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _kernels(x: Tensor, backend: str | None, module: str) -> Any:
-    """The module whose function of the op's name serves ``x``."""
+def _uses_kernels(x: Tensor, backend: str | None) -> bool:
+    """Whether kernels serve ``x``, or the definition."""
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend={backend!r} is not one of 'triton', 'reference' or None (choose)")
-    if x.dtype == float64 and backend != "triton":
-        return reference
-    if backend == "triton" or (backend is None and (x.is_cuda or INTERPRETED) and _have_triton()):
-        return _module(module)
-    return reference
+    if backend == "triton" and not HAVE_TRITON:
+        raise ValueError("backend='triton' needs triton; pip install triton, or use backend='reference'")
+    if backend is None and x.dtype != float64:
+        return HAVE_TRITON and (x.is_cuda or INTERPRETED)
+    return backend == "triton"
 
 
 def fuses_masks(x: Tensor) -> bool:
     """Whether kernels serve ``x``. A mask then costs next to nothing; in the definitions it is a pass of its own."""
-    return _kernels(x, None, "swiglu") is not reference
+    return _uses_kernels(x, None)
+
+
+def fuses_head_gates(x: Tensor, head_dim: int, edges: bool = False) -> bool:
+    """Whether the attention chosen for ``x`` applies head gates as it goes. Where it does not, folding them into the
+    output projection (``select``'s column_scale) is cheaper than masking what attention returns. ``edges``: documents
+    or a window will be given."""
+    if not x.is_cuda:
+        return fuses_masks(x)
+    return bool(dense_attention.choose(x.device, x.dtype, head_dim, False, edges) == "triton")
 
 
 def masked_attention(
@@ -74,8 +68,9 @@ def masked_attention(
     batch * time axis; window: a query sees itself and the ``window - 1`` keys before it.
     Returns [batch, time, heads, head_dim].
 
-    On CUDA the backend is the fastest measured on this device, gated or not (``dense_attention.MEASURED``); ``backend``
-    overrides it: "triton", "reference", "sdpa", "sdpa_flash", "sdpa_cudnn" or "flash_attn".
+    On CUDA the backend is the best for the device, gated or not (``dense_attention``: by capability, or measured);
+    ``backend`` overrides it: "triton", "reference", "sdpa", "sdpa_flash", "sdpa_cudnn", "varlen", "flash_attn" or
+    "flash_attn_3".
     """
     if window is not None:
         if window < 1 or not causal:
@@ -83,19 +78,27 @@ def masked_attention(
                 f"window={window} with causal={causal}; a window is at least 1 and looks back (causal=True)"
             )
         window = None if window >= q.shape[1] else window  # every key before is seen anyway
-    if backend is None and q.is_cuda and q.dtype != float64:
-        names_edges = cu_seqlens is not None or window is not None
-        backend = dense_attention.choose(cuda.get_device_name(q.device), head_mask is not None, names_edges)
-    if backend in ("sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn"):
-        return dense_attention.masked_attention(q, k, v, head_mask, causal, cu_seqlens, window, backend)
-    out: Tensor = _kernels(q, backend, "attention").masked_attention(q, k, v, head_mask, causal, cu_seqlens, window)
-    return out
+    strict, edges = backend is not None, cu_seqlens is not None or window is not None
+    if backend is None and q.is_cuda:
+        backend = dense_attention.choose(q.device, q.dtype, q.shape[3], head_mask is not None, edges)
+    if backend not in (None, "triton", "reference"):
+        if backend not in get_args(AttentionBackend):
+            raise ValueError(f"backend={backend!r} is not one of {get_args(AttentionBackend)} or None (choose)")
+        return dense_attention.masked_attention(q, k, v, head_mask, causal, cu_seqlens, window, backend, strict)
+    if not _uses_kernels(q, backend):
+        return reference.masked_attention(q, k, v, head_mask, causal, cu_seqlens, window)
+    from shear_kernels import attention
+
+    return attention.masked_attention(q, k, v, head_mask, causal, cu_seqlens, window)
 
 
 def masked_swiglu(gate: Tensor, up: Tensor, mask: Tensor | None = None, backend: Backend | None = None) -> Tensor:
     """``silu(gate) * up * mask``. gate, up: [..., ffn]; mask: [ffn]. Returns [..., ffn]."""
-    out: Tensor = _kernels(gate, backend, "swiglu").masked_swiglu(gate, up, mask)
-    return out
+    if not _uses_kernels(gate, backend):
+        return reference.masked_swiglu(gate, up, mask)
+    from shear_kernels import activation
+
+    return activation.masked_swiglu(gate, up, mask)
 
 
 def masked_gelu(
@@ -105,8 +108,11 @@ def masked_gelu(
     backend: Backend | None = None,
 ) -> Tensor:
     """``gelu(x) * mask``. x: [..., ffn]; mask: [ffn]; approximate: as in ``F.gelu``. Returns [..., ffn]."""
-    _kernels(x, backend, "reference")  # no kernel yet: the definition serves every backend
-    return reference.masked_gelu(x, mask, approximate)
+    if not _uses_kernels(x, backend):
+        return reference.masked_gelu(x, mask, approximate)
+    from shear_kernels import activation
+
+    return activation.masked_gelu(x, mask, approximate)
 
 
 def masked_rms_norm(
@@ -115,8 +121,11 @@ def masked_rms_norm(
     """RMS norm over the kept width, scaled by ``weight * hidden_mask``. x: [..., hidden], zero where hidden_mask is;
     weight, hidden_mask: [hidden]. Returns [..., hidden]. With x [..., heads, head_dim] and weight [head_dim] it is the
     norm that Qwen3 puts on every head of q and k."""
-    out: Tensor = _kernels(x, backend, "norm").masked_rms_norm(x, weight, hidden_mask, eps)
-    return out
+    if not _uses_kernels(x, backend):
+        return reference.masked_rms_norm(x, weight, hidden_mask, eps)
+    from shear_kernels import norm
+
+    return norm.masked_rms_norm(x, weight, hidden_mask, eps)
 
 
 def masked_layer_norm(
@@ -129,8 +138,11 @@ def masked_layer_norm(
 ) -> Tensor:
     """Layer norm over the kept width, ``(normed * weight + bias) * hidden_mask``. x: [..., hidden], zero where
     hidden_mask is; weight, bias, hidden_mask: [hidden]. Returns [..., hidden]."""
-    _kernels(x, backend, "reference")  # no kernel yet: the definition serves every backend
-    return reference.masked_layer_norm(x, weight, bias, hidden_mask, eps)
+    if not _uses_kernels(x, backend):
+        return reference.masked_layer_norm(x, weight, bias, hidden_mask, eps)
+    from shear_kernels import layer_norm
+
+    return layer_norm.masked_layer_norm(x, weight, bias, hidden_mask, eps)
 
 
 def add_rms_norm(
@@ -144,9 +156,27 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(``residual + branch * layer_gate * hidden_mask``, its masked RMS norm). residual, branch: [..., hidden]; weight,
     hidden_mask: [hidden]; layer_gate: 0-d. Returns two [..., hidden]."""
-    module = _kernels(residual, backend, "norm")
-    stream, normed = module.add_rms_norm(residual, branch, weight, hidden_mask, layer_gate, eps)
-    return stream, normed
+    if not _uses_kernels(residual, backend):
+        return reference.add_rms_norm(residual, branch, weight, hidden_mask, layer_gate, eps)
+    from shear_kernels import norm
+
+    return norm.add_rms_norm(residual, branch, weight, hidden_mask, layer_gate, eps)
+
+
+def gated_residual(
+    residual: Tensor,
+    branch: Tensor,
+    hidden_mask: Tensor | None = None,
+    layer_gate: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """``residual + branch * layer_gate * hidden_mask``. residual, branch: [..., hidden]; hidden_mask: [hidden];
+    layer_gate: 0-d. Returns [..., hidden]."""
+    if not _uses_kernels(residual, backend):
+        return reference.gated_residual(residual, branch, hidden_mask, layer_gate)
+    from shear_kernels import residual as kernels
+
+    return kernels.gated_residual(residual, branch, hidden_mask, layer_gate)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
@@ -155,8 +185,11 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: Backend | None
     Returns (q, k) rotated."""
     if q.shape[-1] < 2 * cos.shape[-1]:
         raise ValueError(f"{cos.shape[-1]} angles turn more than head_dim={q.shape[-1]}; use head_dim / 2 or fewer")
-    q_out, k_out = _kernels(q, backend, "rotary").rope(q, k, cos, sin)
-    return q_out, k_out
+    if not _uses_kernels(q, backend):
+        return reference.rope(q, k, cos, sin)
+    from shear_kernels import rotary
+
+    return rotary.rope(q, k, cos, sin)
 
 
 def select(
@@ -187,15 +220,38 @@ def select(
             )
     if rows is None and columns is None and row_scale is None and column_scale is None:
         return weight if dtype is None else weight.to(dtype)
-    module = _kernels(weight, backend, "gather")
-    if module is reference and backend != "reference":
-        module = gather_blocks
-    out: Tensor = module.select(weight, rows, columns, dtype, row_scale, column_scale)
-    return out
+    if _uses_kernels(weight, backend):
+        from shear_kernels import gather
+
+        return gather.select(weight, rows, columns, dtype, row_scale, column_scale)
+    if backend == "reference" or compiler.is_compiling():
+        return reference.select(weight, rows, columns, dtype, row_scale, column_scale)
+    return gather_blocks.select(weight, rows, columns, dtype, row_scale, column_scale)
+
+
+def vocab_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    first: int = 0,
+    all_reduce_max: Reduce | None = None,
+    all_reduce_sum: Reduce | None = None,
+    chunk: int | None = None,
+    kept_bytes: int = KEPT_BYTES,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Cross entropy of every token against the LM head, or this rank's shard of it (rows from ``first`` on). x:
+    [tokens, hidden]; weight: [vocab_shard, hidden]; labels: [tokens], negative where the token does not count. Returns
+    [tokens]. More on the arguments, gradients and memory: ``cross_entropy.vocab_cross_entropy``."""
+    kernels = x.dtype != float64 and _uses_kernels(x, backend)
+    return cross_entropy.vocab_cross_entropy(
+        x, weight, labels, first, all_reduce_max, all_reduce_sum, chunk, kept_bytes, kernels
+    )
 
 
 __all__ = [
     "add_rms_norm",
+    "fuses_head_gates",
     "fuses_masks",
     "gated_residual",
     "masked_attention",

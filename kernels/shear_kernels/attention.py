@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-call"
-"""Masked attention in Triton: block sizes, launches and the autograd function.
+"""Masked attention in Triton: block sizes, edges, launches and the autograd function.
 
     out = softmax(q k^T / sqrt(head_dim)) v * gate        (formulas of the gradients: attention_backward.py)
 
@@ -16,9 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
-from shear_kernels import reference
 from shear_kernels.attention_backward import attention_delta, attention_keys_backward, attention_queries_backward
 from shear_kernels.attention_forward import attention_forward
+from shear_kernels.torch_op import nothing, torch_op
 
 WIDEST = 128  # head dimension
 DELTA_ROWS = 64  # queries a program of attention_delta takes
@@ -34,23 +34,26 @@ class Blocks:
     stages: int
 
 
-def blocks(kernel: str, head_dim: int, sixteen_bit: bool, arch: int, documents: bool) -> Blocks:
+def blocks(kernel: str, head_dim: int, sixteen_bit: bool, arch: int, edges: bool) -> Blocks:
     """The blocks of ``kernel`` ("forward", "keys" or "queries") on compute capability ``arch`` (80, 90, ...).
 
-    The largest that compile without a spill; kernels/bench/aot.csv shows what they compile to. Capabilities of 120 and
-    more have the small shared memory of 86 and 89, so they get the blocks of 80.
+    Those with the fewest instructions for a pair of query and key that compile without a spill in a loop;
+    kernels/bench/aot.csv shows what they compile to. Capabilities of 120 and more have the small shared memory of 86
+    and 89, so they get the blocks of 80.
     """
-    wide, large = head_dim > 64, 90 <= arch < 120
+    wide, large, blackwell = head_dim > 64, 90 <= arch < 120, 100 <= arch < 120
     if not sixteen_bit:  # full-precision products run on the ordinary cores: larger tiles spill
         if kernel == "queries" and wide:
             return Blocks(16, 16, 8, 1)
         return Blocks(16, 32, 8 if wide or kernel == "keys" else 4, 1)
     if kernel == "forward":
-        return Blocks(128, 32 if wide and documents and not large else 64, 8, 3)
+        if wide and large and not (edges and blackwell):
+            return Blocks(128, 128, 8, 2)
+        return Blocks(128, 32 if wide and not large else 64, 8, 3)
     if kernel == "keys":
-        if not wide:
-            return Blocks(32, 128, 8, 2)
-        return Blocks(64, 64, 8, 1) if large and arch >= 100 else Blocks(32, 64, 8, 2)
+        if wide and blackwell:
+            return Blocks(64, 128, 8, 1)
+        return Blocks(32, 128 if large or not wide else 64, 8, 2)
     if not wide:
         return Blocks(64, 64, 4, 2)
     return Blocks(128, 64 if large else 32, 8, 2)
@@ -64,80 +67,140 @@ def _arch(x: Tensor) -> int:
     return 10 * major + minor
 
 
-def _documents(cu_seqlens: Tensor, batch: int, time: int) -> tuple[Tensor, Tensor]:
-    """For each token, [batch, time] int32: first position in its row of its document, and one past the last."""
-    total = batch * time
-    edges = torch.cat((cu_seqlens.long(), cu_seqlens.new_full((1,), total).long()))
-    token = torch.arange(total, device=cu_seqlens.device)
-    document = torch.bucketize(token, edges[1:-1], right=True)
-    row_begin = token // time * time
-    starts = (edges[document] - row_begin).clamp(min=0)
-    ends = (edges[document + 1] - row_begin).clamp(max=time)
-    return starts.int().view(batch, time), ends.int().view(batch, time)
+def _edges(cu_seqlens: Tensor | None, window: int | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """For each token of ``like`` [batch, time, ...], [batch, time] int32, positions in its row: the first key it sees,
+    and one past the last query (where causal) or key that it meets in its document."""
+    if cu_seqlens is None and window is None:
+        return None, None
+    batch, time = like.shape[:2]
+    position = torch.arange(time, device=like.device).expand(batch, time)
+    if cu_seqlens is None:
+        starts, ends = torch.zeros_like(position), torch.full_like(position, time)
+    else:
+        edges = torch.cat((cu_seqlens.long(), cu_seqlens.new_full((1,), batch * time).long()))
+        token = torch.arange(batch * time, device=like.device)
+        document = torch.bucketize(token, edges[1:-1], right=True)
+        row_begin = token // time * time
+        starts = (edges[document] - row_begin).clamp(min=0).view(batch, time)
+        ends = (edges[document + 1] - row_begin).clamp(max=time).view(batch, time)
+    if window is not None:
+        starts, ends = starts.maximum(position - (window - 1)), ends.minimum(position + window)
+    return starts.int(), ends.int()
+
+
+def _launchable(x: Tensor) -> Tensor:
+    """``x`` as the kernels read it: neighbours adjacent, offsets inside a tile of 128 rows within 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
+
+
+def _flags(q: Tensor, gate: Tensor | None, causal: bool, starts: Tensor | None) -> dict[str, Any]:
+    head_dim = q.shape[3]
+    return {
+        "CAUSAL": causal,
+        "HAS_GATE": gate is not None,
+        "HAS_EDGES": starts is not None,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+    }
+
+
+def _launched(size: Blocks) -> dict[str, int]:
+    return {"BLOCK_M": size.m, "BLOCK_N": size.n, "num_warps": size.warps, "num_stages": size.stages}
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, starts: Tensor | None, ends: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    batch, time, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, time, dtype=torch.float32)
+
+
+@torch_op(_fake_forward)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, starts: Tensor | None, ends: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """(out, log2 of the softmax's sums [batch, heads, time] float32)."""
+    q, k, v = map(_launchable, (q, k, v))
+    batch, time, heads, head_dim = q.shape
+    out, log_sum = _fake_forward(q, k, v, gate, starts, ends, causal)
+    size = blocks("forward", head_dim, q.element_size() == 2, _arch(q), starts is not None)
+    if q.numel():
+        with torch.cuda.device_of(q):
+            attention_forward[(triton.cdiv(time, size.m) * batch * heads,)](
+                q, k, v, gate, starts, ends, out, log_sum,
+                time, heads, heads // k.shape[2], math.log2(math.e) / math.sqrt(head_dim),
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                **_flags(q, gate, causal, starts), **_launched(size),
+            )  # fmt: skip
+    return out, log_sum
+
+
+def _fake_backward(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, starts: Tensor | None, ends: Tensor | None,
+    out: Tensor, log_sum: Tensor, dout: Tensor, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dgate = nothing(log_sum) if gate is None else torch.empty_like(gate)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dgate
+
+
+@torch_op(_fake_backward)
+def attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, starts: Tensor | None, ends: Tensor | None,
+    out: Tensor, log_sum: Tensor, dout: Tensor, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, dgate."""
+    q, k, v, dout = map(_launchable, (q, k, v, dout))
+    batch, time, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    choice = (head_dim, q.element_size() == 2, _arch(q), starts is not None)
+    dq, dk, dv, dgate = _fake_backward(q, k, v, gate, starts, ends, out, log_sum, dout, causal)
+    delta = torch.empty_like(log_sum)
+    steps = triton.cdiv(time, DELTA_ROWS)
+    partial = q.new_empty(batch, heads, steps, dtype=torch.float32)
+    sizes = (time, heads, heads // kv_heads, 1 / math.sqrt(head_dim), math.log2(math.e) / math.sqrt(head_dim))
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    flags = _flags(q, gate, causal, starts)
+    if q.numel():
+        with torch.cuda.device_of(q):
+            attention_delta[(steps * batch * heads,)](
+                out, dout, gate, delta, partial, time, heads, *dout.stride()[:3],
+                HAS_GATE=gate is not None, HEAD_DIM=head_dim, BLOCK_D=flags["BLOCK_D"], BLOCK_M=DELTA_ROWS, num_warps=4,
+            )  # fmt: skip
+            size = blocks("keys", *choice)
+            attention_keys_backward[(triton.cdiv(time, size.n) * batch * kv_heads,)](
+                q, k, v, gate, starts, ends, dout, log_sum, delta, dk, dv, *sizes, *strides, **flags, **_launched(size)
+            )
+            size = blocks("queries", *choice)
+            attention_queries_backward[(triton.cdiv(time, size.m) * batch * heads,)](
+                q, k, v, gate, starts, ends, dout, log_sum, delta, dq, *sizes, *strides, **flags, **_launched(size)
+            )
+    return dq, dk, dv, dgate if gate is None else partial.sum((0, 2)).to(gate.dtype)
 
 
 class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, causal: bool, cu_seqlens: Tensor | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        starts: Tensor | None,
+        ends: Tensor | None,
+        causal: bool,
     ) -> Tensor:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        batch, time, heads, head_dim = q.shape
-        starts, ends = (None, None) if cu_seqlens is None else _documents(cu_seqlens, batch, time)
-        out = q.new_empty(q.shape)
-        log_sum = torch.empty(batch, heads, time, dtype=torch.float32, device=q.device)
-        size = blocks("forward", head_dim, q.element_size() == 2, _arch(q), cu_seqlens is not None)
-        flags = {
-            "CAUSAL": causal,
-            "HAS_GATE": gate is not None,
-            "HAS_DOCUMENTS": cu_seqlens is not None,
-            "HEAD_DIM": head_dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        }
-        if q.numel():
-            with torch.cuda.device_of(q):
-                attention_forward[(triton.cdiv(time, size.m), batch * heads)](
-                    q, k, v, gate, starts, ends, out, log_sum,
-                    time, heads, heads // k.shape[2], math.log2(math.e) / math.sqrt(head_dim),
-                    *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                    **flags, BLOCK_M=size.m, BLOCK_N=size.n, num_warps=size.warps, num_stages=size.stages,
-                )  # fmt: skip
+        out: Tensor
+        out, log_sum = attention(q, k, v, gate, starts, ends, causal)
         ctx.save_for_backward(q, k, v, gate, starts, ends, out, log_sum)
-        ctx.flags = flags
+        ctx.causal = causal
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, gate, starts, ends, out, log_sum = ctx.saved_tensors
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        batch, time, heads, head_dim = q.shape
-        kv_heads = k.shape[2]
-        choice = (head_dim, q.element_size() == 2, _arch(q), ctx.flags["HAS_DOCUMENTS"])
-        dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(log_sum)
-        steps = triton.cdiv(time, DELTA_ROWS)
-        partial = torch.zeros(batch, heads, steps, dtype=torch.float32, device=q.device)
-        sizes = (time, heads, heads // kv_heads, 1 / math.sqrt(head_dim), math.log2(math.e) / math.sqrt(head_dim))
-        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-        if q.numel():
-            with torch.cuda.device_of(q):
-                attention_delta[(steps, batch * heads)](
-                    out, dout, gate, delta, partial, time, heads, *dout.stride()[:3],
-                    HAS_GATE=gate is not None, HEAD_DIM=head_dim, BLOCK_D=ctx.flags["BLOCK_D"], BLOCK_M=DELTA_ROWS,
-                    num_warps=4,
-                )  # fmt: skip
-                size = blocks("keys", *choice)
-                attention_keys_backward[(triton.cdiv(time, size.n), batch * kv_heads)](
-                    q, k, v, gate, starts, ends, dout, log_sum, delta, dk, dv, *sizes, *strides,
-                    **ctx.flags, BLOCK_M=size.m, BLOCK_N=size.n, num_warps=size.warps, num_stages=size.stages,
-                )  # fmt: skip
-                size = blocks("queries", *choice)
-                attention_queries_backward[(triton.cdiv(time, size.m), batch * heads)](
-                    q, k, v, gate, starts, ends, dout, log_sum, delta, dq, *sizes, *strides,
-                    **ctx.flags, BLOCK_M=size.m, BLOCK_N=size.n, num_warps=size.warps, num_stages=size.stages,
-                )  # fmt: skip
-        dgate = None if gate is None else partial.sum((0, 2)).to(gate.dtype)
-        return dq, dk, dv, dgate, None, None
+        saved = ctx.saved_tensors  # once: checkpointing allows no second look
+        dq, dk, dv, dgate = attention_backward(*saved, dout, ctx.causal)
+        return dq, dk, dv, None if saved[3] is None else dgate, None, None, None
 
 
 def masked_attention(
@@ -154,10 +217,8 @@ def masked_attention(
     q: [batch, time, heads, head_dim]; k, v: [batch, time, kv_heads, head_dim] in bf16, fp16 or fp32, strides over
     batch, time and heads free; head_dim up to 128. head_mask: [heads], 0 to 1, any float dtype; a head whose gate is
     exactly 0 costs a write of zeros, and gets zero gradients. cu_seqlens: [documents + 1] int32, as in the reference.
-    A window runs the definition. Returns [batch, time, heads, head_dim] in q's dtype.
+    window: keys that no query of a block sees are skipped. Returns [batch, time, heads, head_dim] in q's dtype.
     """
-    if window is not None:
-        return reference.masked_attention(q, k, v, head_mask, causal, cu_seqlens, window)
     batch, time, heads, head_dim = q.shape
     if k.shape != v.shape or k.shape[:2] != (batch, time) or k.shape[3] != head_dim or heads % k.shape[2]:
         raise ValueError(
@@ -171,5 +232,5 @@ def masked_attention(
     if head_mask is not None and head_mask.shape != (heads,):
         raise ValueError(f"head_mask {tuple(head_mask.shape)} does not fit heads={heads}; use [heads]")
     mask = None if head_mask is None else head_mask.contiguous()
-    out: Tensor = _MaskedAttention.apply(q, k, v, mask, causal, cu_seqlens)
+    out: Tensor = _MaskedAttention.apply(q, k, v, mask, *_edges(cu_seqlens, window, q), causal)
     return out

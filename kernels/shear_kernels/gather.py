@@ -2,14 +2,16 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """``select`` in Triton: one gather forward, one scatter backward, each a single pass over what it writes.
 
-    out[i, j]      = weight[rows[i], columns[j]]
-    dweight[r, c]  = dout[row_position[r], column_position[c]]    0 where a position is -1: not kept
+    out[i, j]      = weight[rows[i], columns[j]] * row_scale[i] * column_scale[j]
+    dweight[r, c]  = (dout * column_scale * row_scale)[row_position[r], column_position[c]]   0 where -1: not kept
+    drow_scale[i]  = sum over j of dout[i, j] * column_scale[j] * weight[rows[i], columns[j]], the columns' likewise
 
 Bytes moved, fp32 to bf16, half of both axes of n * m kept: 2.5 n m forward (kept rows whole, since kept columns lie
 scattered and touch every sector of 32 bytes; then the output), 4.5 n m backward (the gradient once, then the weight's,
 zeros included: no fill before it). Loads are made in the shape [rows, groups of 32, 32], so that the threads of a warp
 read neighbouring kept columns (with [rows, columns] Triton gives a thread 8 of them, a warp touches 16 lines at once);
-stores in the shape [rows, columns], 16 bytes a thread. Offsets are 64-bit.
+stores in the shape [rows, columns], 16 bytes a thread. Offsets are 64-bit. Scales multiply in float32 on the way; their
+gradients, if asked for, are a third pass that reads the part again, and sums in two stages.
 """
 
 from typing import Any
@@ -21,8 +23,10 @@ from torch import Tensor
 
 from shear_kernels import gather_blocks
 from shear_kernels.precision import narrow
+from shear_kernels.torch_op import nothing, torch_op
 
 ROWS = 4  # a block reads its indices once for 4 rows
+SCALE_STEPS = 16  # rows a block of the scales' gradients walks: 64 of them, one partial sum a column
 COLUMNS = 512  # with 4 warps 16 loads in flight a thread, and 40 registers: 12 blocks on a multiprocessor
 WARPS = 4
 
@@ -44,7 +48,7 @@ def _convert(x, dtype: tl.constexpr):
 
 @triton.jit
 def select_gather(
-    weight, rows, columns, out,
+    weight, rows, columns, row_scale, column_scale, out,
     kept_rows, kept_columns, row_stride, column_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -57,12 +61,16 @@ def select_gather(
         source_column = tl.load(columns + column, mask=column_inside, other=0)
     source = weight + source_row[:, None, None] * row_stride + source_column[None, :, :] * column_stride
     x = tl.load(source, mask=row_inside[:, None, None] & column_inside[None, :, :], other=0.0)
+    if row_scale is not None:
+        x = x.to(tl.float32) * tl.load(row_scale + row, mask=row_inside, other=0.0).to(tl.float32)[:, None, None]
+    if column_scale is not None:
+        x = x.to(tl.float32) * tl.load(column_scale + column, mask=column_inside, other=0.0).to(tl.float32)[None, :, :]
     _store(out, row, first, kept_rows, kept_columns, _convert(x, out.dtype.element_ty), ROWS, COLUMNS)
 
 
 @triton.jit
 def select_scatter(
-    dout, row_position, column_position, dweight,
+    dout, row_position, column_position, row_scale, column_scale, dweight,
     rows, columns, row_stride, column_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +84,54 @@ def select_scatter(
         column_kept = source_column >= 0
     source = dout + source_row[:, None, None] * row_stride + source_column[None, :, :] * column_stride
     x = tl.load(source, mask=row_kept[:, None, None] & column_kept[None, :, :], other=0.0)  # kept rows alone are read
+    if column_scale is not None:
+        scale = tl.load(column_scale + source_column, mask=column_kept, other=0.0).to(tl.float32)
+        x = x.to(tl.float32) * scale[None, :, :]
+    if row_scale is not None:
+        scale = tl.load(row_scale + source_row, mask=row_kept, other=0.0).to(tl.float32)
+        x = x.to(tl.float32) * scale[:, None, None]
     _store(dweight, row, first, rows, columns, _convert(x, dweight.dtype.element_ty), ROWS, COLUMNS)
+
+
+@triton.jit
+def select_scale_gradients(
+    weight, rows, columns, row_scale, column_scale, dout, row_partial, column_partial,
+    kept_rows, kept_columns, row_stride, column_stride, dout_row_stride, dout_column_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Sums of dout * part in a block: over columns [column blocks, kept_rows], over rows [row blocks, kept_columns]."""
+    across = tl.cdiv(kept_columns, COLUMNS)
+    block, block_across = tl.program_id(0) // across, (tl.program_id(0) % across).to(tl.int64)
+    column = block_across * COLUMNS + tl.arange(0, COLUMNS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    column_inside = column < kept_columns
+    source_column = column
+    if columns is not None:
+        source_column = tl.load(columns + column, mask=column_inside, other=0)
+    if column_scale is not None:
+        across_scale = tl.load(column_scale + column, mask=column_inside, other=0.0).to(tl.float32)
+    total = tl.zeros((COLUMNS // 32, 32), dtype=tl.float32)
+    for step in range(STEPS):
+        row = (block.to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        row_inside = row < kept_rows
+        source_row = row
+        if rows is not None:
+            source_row = tl.load(rows + row, mask=row_inside, other=0)
+        inside = row_inside[:, None, None] & column_inside[None, :, :]
+        source = weight + source_row[:, None, None] * row_stride + source_column[None, :, :] * column_stride
+        upstream = dout + row[:, None, None] * dout_row_stride + column[None, :, :] * dout_column_stride
+        product = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        product *= tl.load(upstream, mask=inside, other=0.0).to(tl.float32)
+        if row_partial is not None:
+            terms = product
+            if column_scale is not None:
+                terms *= across_scale[None, :, :]
+            tl.store(row_partial + block_across * kept_rows + row, tl.sum(tl.sum(terms, 2), 1), mask=row_inside)
+        if column_partial is not None:
+            if row_scale is not None:
+                product *= tl.load(row_scale + row, mask=row_inside, other=0.0).to(tl.float32)[:, None, None]
+            total += tl.sum(product, 0)
+    if column_partial is not None:
+        tl.store(column_partial + block.to(tl.int64) * kept_columns + column, total, mask=column_inside)
 
 
 @triton.jit
@@ -100,32 +155,112 @@ def _position(kept: Tensor | None, size: int) -> Tensor | None:
     return torch.full((size,), -1, dtype=torch.int32, device=kept.device).scatter_(0, kept, order)
 
 
+def _fake_gather(
+    weight: Tensor, rows: Tensor | None, columns: Tensor | None,
+    row_scale: Tensor | None, column_scale: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    kept = [n if index is None else index.shape[0] for n, index in zip(weight.shape, (rows, columns), strict=True)]
+    return weight.new_empty(kept, dtype=dtype)
+
+
+@torch_op(_fake_gather)
+def gather(
+    weight: Tensor, rows: Tensor | None, columns: Tensor | None,
+    row_scale: Tensor | None, column_scale: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out = _fake_gather(weight, rows, columns, row_scale, column_scale, dtype)
+    if out.numel():
+        with torch.cuda.device_of(weight):
+            select_gather[_grid(*out.shape)](
+                weight, rows, columns, row_scale, column_scale, out, *out.shape, *weight.stride(),
+                ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+            )  # fmt: skip
+    return out
+
+
+def _fake_scatter(
+    dout: Tensor, rows: Tensor | None, columns: Tensor | None,
+    row_scale: Tensor | None, column_scale: Tensor | None, size: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return dout.new_empty(size, dtype=dtype)
+
+
+@torch_op(_fake_scatter)
+def scatter(
+    dout: Tensor, rows: Tensor | None, columns: Tensor | None,
+    row_scale: Tensor | None, column_scale: Tensor | None, size: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The weight's gradient, [size] in dtype."""
+    dweight = dout.new_empty(size, dtype=dtype)
+    if dweight.numel():
+        with torch.cuda.device_of(dout):
+            select_scatter[_grid(*size)](
+                dout, _position(rows, size[0]), _position(columns, size[1]), row_scale, column_scale, dweight,
+                *size, *dout.stride(), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+            )  # fmt: skip
+    return dweight
+
+
+def _fake_scales(
+    weight: Tensor, rows: Tensor | None, columns: Tensor | None,
+    row_scale: Tensor | None, column_scale: Tensor | None, dout: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    drow, dcolumn = (nothing(dout) if t is None else torch.empty_like(t) for t in (row_scale, column_scale))
+    return drow, dcolumn
+
+
+@torch_op(_fake_scales)
+def scale_gradients(
+    weight: Tensor, rows: Tensor | None, columns: Tensor | None,
+    row_scale: Tensor | None, column_scale: Tensor | None, dout: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """drow_scale, dcolumn_scale."""
+    kept_rows, kept_columns = dout.shape
+    down, across = triton.cdiv(kept_rows, ROWS * SCALE_STEPS), triton.cdiv(kept_columns, COLUMNS)
+    row_partial = None if row_scale is None else dout.new_empty(across, kept_rows, dtype=torch.float32)
+    column_partial = None if column_scale is None else dout.new_empty(down, kept_columns, dtype=torch.float32)
+    if dout.numel():
+        with torch.cuda.device_of(dout):
+            select_scale_gradients[(down * across,)](
+                weight, rows, columns, row_scale, column_scale, dout, row_partial, column_partial,
+                kept_rows, kept_columns, *weight.stride(), *dout.stride(),
+                ROWS=ROWS, COLUMNS=COLUMNS, STEPS=SCALE_STEPS, num_warps=WARPS,
+            )  # fmt: skip
+    drow, dcolumn = _fake_scales(weight, rows, columns, row_scale, column_scale, dout)
+    if row_scale is not None and row_partial is not None:
+        drow = row_partial.sum(0).to(row_scale.dtype)
+    if column_scale is not None and column_partial is not None:
+        dcolumn = column_partial.sum(0).to(column_scale.dtype)
+    return drow, dcolumn
+
+
 class _Select(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, rows: Tensor | None, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
-        size = [w if kept is None else len(kept) for w, kept in zip(weight.shape, (rows, columns), strict=True)]
-        out = weight.new_empty(size, dtype=dtype)
-        if out.numel():
-            with torch.cuda.device_of(weight):
-                select_gather[_grid(*size)](
-                    weight, rows, columns, out, *size, *weight.stride(), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
-                )
-        ctx.save_for_backward(rows, columns)
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        row_scale: Tensor | None,
+        column_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        needs_weight = any(ctx.needs_input_grad[3:5])
+        ctx.save_for_backward(weight if needs_weight else None, rows, columns, row_scale, column_scale)
         ctx.size, ctx.dtype = weight.shape, weight.dtype
+        out: Tensor = gather(weight, rows, columns, row_scale, column_scale, dtype)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
-        rows, columns = ctx.saved_tensors
-        dweight = dout.new_empty(ctx.size, dtype=ctx.dtype)
-        if dweight.numel():
-            with torch.cuda.device_of(dout):
-                select_scatter[_grid(*ctx.size)](
-                    dout, _position(rows, ctx.size[0]), _position(columns, ctx.size[1]), dweight,
-                    *ctx.size, *dout.stride(), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
-                )  # fmt: skip
-        return dweight, None, None, None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        weight, rows, columns, row_scale, column_scale = ctx.saved_tensors
+        dweight = drow = dcolumn = None
+        if ctx.needs_input_grad[0]:
+            dweight = scatter(dout, rows, columns, row_scale, column_scale, ctx.size, ctx.dtype)
+        if weight is not None:
+            drow, dcolumn = scale_gradients(weight, rows, columns, row_scale, column_scale, dout)
+        return dweight, None, None, None if row_scale is None else drow, None if column_scale is None else dcolumn, None
 
 
 def select(
@@ -136,9 +271,12 @@ def select(
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
 ) -> Tensor:
-    """``weight[rows][:, columns]`` in ``dtype``, scaled. weight: [n] or [n, m] of any strides; rows and columns are
-    contiguous. Vectors, float64 and scales take the plain way."""
-    if weight.dim() == 1 or torch.float64 in (weight.dtype, dtype) or not (row_scale is None and column_scale is None):
-        return gather_blocks.select(weight, rows, columns, dtype, row_scale, column_scale)
-    out: Tensor = _Select.apply(weight, rows, columns, dtype or weight.dtype)
+    """``weight[rows][:, columns] * row_scale[:, None] * column_scale`` in ``dtype``. weight: [n] or [n, m] of any
+    strides; rows and columns are contiguous. Vectors and float64 take the plain way."""
+    scales = row_scale, column_scale
+    dtypes = [weight.dtype, dtype, *(s.dtype for s in scales if s is not None)]
+    if weight.dim() == 1 or torch.float64 in dtypes:
+        return gather_blocks.select(weight, rows, columns, dtype, *scales)
+    row_scale, column_scale = (None if s is None else s.contiguous() for s in scales)
+    out: Tensor = _Select.apply(weight, rows, columns, row_scale, column_scale, dtype or weight.dtype)
     return out

@@ -115,6 +115,8 @@ def gated_residual(
 ) -> Tensor:
     """``residual + branch * layer_gate * hidden_mask``. residual, branch: [..., hidden]; hidden_mask: [hidden];
     layer_gate: 0-d. Returns [..., hidden]."""
+    if hidden_mask is None and layer_gate is None:
+        return (residual + branch).to(residual.dtype)  # 16-bit sums round once as well
     out = widen(branch)
     if layer_gate is not None:
         out = out * layer_gate

@@ -69,10 +69,22 @@ def masked_swiglu(rows: int, ffn: int, open_share: float = 1.0, element_bytes: i
     )
 
 
+def masked_gelu(rows: int, ffn: int, open_share: float = 1.0, element_bytes: int = 2) -> tuple[Work, Work]:
+    """(forward: read x, write out; backward: read x, dout, write dx)."""
+    whole, mask = rows * ffn * element_bytes, ffn * GATE_BYTES
+    return Work((open_share + 1) * whole + mask), Work((2 * open_share + 1) * whole + 2 * mask)
+
+
 def masked_rms_norm(rows: int, hidden: int, element_bytes: int = 2) -> tuple[Work, Work]:
     """(forward: read x, write out; backward: read x, dout, write dx). Closed columns are read: they lie scattered."""
     whole, vectors = rows * hidden * element_bytes, 2 * hidden * GATE_BYTES
     return Work(2 * whole + vectors + rows * GATE_BYTES), Work(3 * whole + 2 * vectors + rows * GATE_BYTES)
+
+
+def gated_residual(rows: int, hidden: int, element_bytes: int = 2) -> tuple[Work, Work]:
+    """(forward: read two, write one; backward: read the gradient and branch, write one: the other is the gradient)."""
+    whole, vector = rows * hidden * element_bytes, hidden * GATE_BYTES
+    return Work(3 * whole + vector), Work(3 * whole + 2 * vector)
 
 
 def add_rms_norm(rows: int, hidden: int, element_bytes: int = 2) -> tuple[Work, Work]:

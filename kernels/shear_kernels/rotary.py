@@ -3,7 +3,7 @@
 """Rotary position embedding of q and k in one launch, forward and backward.
 
     out[first]  = x[first] * cos - x[second] * sin
-    out[second] = x[second] * cos + x[first] * sin        (first, second: halves of the head dimension)
+    out[second] = x[second] * cos + x[first] * sin        (first, second: halves of what turns; the rest pass)
 
 The gradient is the rotation by the opposite angle. One program turns all heads of one token, so cos and sin are read
 once a token and not once a head. Bytes moved per element of 2 bytes: 4 either way; PyTorch's products, sums
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shear_kernels.precision import narrow
+from shear_kernels.torch_op import torch_op
 
 
 def block_and_warps(heads: int, head_dim: int) -> tuple[int, int, int]:
@@ -28,15 +29,24 @@ def block_and_warps(heads: int, head_dim: int) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _turn(x, out, c, s, x_stride_head, heads, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr):
+def _turn(
+    x, out, c, s, x_stride_head, heads,
+    HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):  # fmt: skip
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     element = tl.arange(0, BLOCK_HALF)[None, :]
     inside = (head < heads) & (element < HALF)
     first = tl.load(x + head * x_stride_head + element, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(x + head * x_stride_head + element + HALF, mask=inside, other=0.0).to(tl.float32)
-    at = out + head * (2 * HALF) + element
+    at = out + head * HEAD_DIM + element
     tl.store(at, narrow(first * c - second * s, out.dtype.element_ty), mask=inside)
     tl.store(at + HALF, narrow(second * c + first * s, out.dtype.element_ty), mask=inside)
+    if 2 * HALF < HEAD_DIM:  # entries that do not turn
+        rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+        inside = (head < heads) & (rest < HEAD_DIM)
+        passed = tl.load(x + head * x_stride_head + rest, mask=inside, other=0.0)
+        tl.store(out + head * HEAD_DIM + rest, passed, mask=inside)
 
 
 @triton.jit
@@ -44,34 +54,43 @@ def rope_kernel(
     q, k, cos, sin, q_out, k_out,
     time, heads, kv_heads, q_stride_batch, q_stride_time, q_stride_head, k_stride_batch, k_stride_time, k_stride_head,
     angle_stride_batch,
-    BACKWARD: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_KV_HEADS: tl.constexpr,
+    BACKWARD: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    t, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
+    t, batch = token % time, token // time
     element = tl.arange(0, BLOCK_HALF)
     angle = batch * angle_stride_batch + t * HALF + element
     c = tl.load(cos + angle, mask=element < HALF, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + angle, mask=element < HALF, other=0.0).to(tl.float32)[None, :]
     if BACKWARD:
         s = -s
-    token = batch * time + t
-    q += batch * q_stride_batch + t.to(tl.int64) * q_stride_time
-    k += batch * k_stride_batch + t.to(tl.int64) * k_stride_time
-    _turn(q, q_out + token * heads * (2 * HALF), c, s, q_stride_head, heads, HALF, BLOCK_HALF, BLOCK_HEADS)
-    _turn(k, k_out + token * kv_heads * (2 * HALF), c, s, k_stride_head, kv_heads, HALF, BLOCK_HALF, BLOCK_KV_HEADS)
+    q += batch * q_stride_batch + t * q_stride_time
+    k += batch * k_stride_batch + t * k_stride_time
+    q_out += token * heads * HEAD_DIM
+    k_out += token * kv_heads * HEAD_DIM
+    _turn(q, q_out, c, s, q_stride_head, heads, HALF, HEAD_DIM, BLOCK_HALF, BLOCK_REST, BLOCK_HEADS)
+    _turn(k, k_out, c, s, k_stride_head, kv_heads, HALF, HEAD_DIM, BLOCK_HALF, BLOCK_REST, BLOCK_KV_HEADS)
 
 
-def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+def _fake_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch_op(_fake_rotate)
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     batch, time, heads, head_dim = q.shape
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    block_heads, block_half, warps = block_and_warps(heads, head_dim)
+    half = cos.shape[-1]
+    block_heads, block_half, warps = block_and_warps(heads, 2 * half)
     if q.numel():
         with torch.cuda.device_of(q):
-            rope_kernel[(time, batch)](
+            rope_kernel[(batch * time,)](
                 q, k, cos, sin, q_out, k_out,
                 time, heads, k.shape[2], *q.stride()[:3], *k.stride()[:3], cos.stride(0) if cos.dim() == 3 else 0,
-                BACKWARD=backward, HALF=head_dim // 2, BLOCK_HALF=block_half, BLOCK_HEADS=block_heads,
+                BACKWARD=backward, HALF=half, HEAD_DIM=head_dim, BLOCK_HALF=block_half,
+                BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)), BLOCK_HEADS=block_heads,
                 BLOCK_KV_HEADS=triton.next_power_of_2(k.shape[2]), num_warps=warps,
             )  # fmt: skip
     return q_out, k_out
@@ -81,13 +100,14 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _launch(q, k, cos, sin, backward=False)
+        q_out, k_out = rotate(q, k, cos, sin, False)
+        return q_out, k_out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return *_launch(dq, dk, cos, sin, backward=True), None, None
+        return *rotate(dq, dk, cos, sin, True), None, None
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,18 +117,16 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     beyond ``rotary`` pass as they are. Strides over batch, time and heads are free. Returns (q, k) rotated, contiguous,
     in their own dtypes; arithmetic in float32.
     """
-    rotary = 2 * cos.shape[-1]
-    if rotary < q.shape[-1]:
-        turned = rope(q[..., :rotary], k[..., :rotary], cos, sin)
-        q_out, k_out = (torch.cat((t, x[..., rotary:]), -1) for t, x in zip(turned, (q, k), strict=True))
-        return q_out, k_out
     batch, time, _, head_dim = q.shape
-    if head_dim % 2 or k.shape[:2] != (batch, time) or k.shape[3] != head_dim:
+    half = cos.shape[-1]
+    if 2 * half > head_dim or k.shape[:2] != (batch, time) or k.shape[3] != head_dim:
         raise ValueError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit; use [batch, time, heads, even head_dim]"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and {half} angles do not fit; use [batch, time, heads, head_dim] "
+            "and at most head_dim / 2 angles"
         )
-    shapes = ((time, head_dim // 2), (batch, time, head_dim // 2))
-    if cos.shape not in shapes or sin.shape != cos.shape:
-        raise ValueError(f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)} do not fit; use {shapes[0]} or {shapes[1]}")
+    if cos.shape not in ((time, half), (batch, time, half)) or sin.shape != cos.shape:
+        raise ValueError(
+            f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)} do not fit; use {(time, half)} or {(batch, time, half)}"
+        )
     q_out, k_out = _Rope.apply(q, k, cos.contiguous(), sin.contiguous())
     return q_out, k_out

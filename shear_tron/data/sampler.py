@@ -200,6 +200,11 @@ class Batches:
                 log.log(level, "domain %s has been read through %d times; it goes on reshuffled", name, latest)
         return result, torch.from_numpy(draw.domain[slice(*self._rows)].copy())
 
+    def take(self, count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and labels of the next ``count`` batches, each int64 [stop - start, sequence], on ``device``."""
+        windows = [self.next()[0].to(device) for _ in range(count)]
+        return [(each[:, :-1], each[:, 1:]) for each in windows]
+
     def set_weights(self, weights: npt.ArrayLike) -> None:
         """Weights from the very next batch on: what was read ahead under the old ones is drawn anew."""
         if np.array_equal(self._weights, np.asarray(weights, dtype=np.float64)):

@@ -30,18 +30,18 @@ class PruneConfig(Section):
 
     ``hard_concrete``: the paper's gates, learned under Lagrange constraints (section 2.1). The others keep the units of
     the largest score, an exact count at every step: ``fisher`` by the squares of their masks' gradients, ``magnitude``
-    by their weights, ``random`` by chance (docs/masks.md).
+    by their weights, ``activation`` by what they give, ``random`` by chance (docs/masks.md).
     """
 
     target: TargetConfig
-    method: Literal["hard_concrete", "fisher", "magnitude", "random"] = (
+    method: Literal["hard_concrete", "fisher", "magnitude", "activation", "random"] = (
         "hard_concrete"  # how masks are made (docs/masks.md)
     )
     # the target sparsity grows from 0 over these steps; 0: at once, before the first (not hard_concrete)
     warmup_steps: int = Field(ge=0)
     learning_rate: float = Field(1.0, gt=0)  # hard_concrete: of mask logits and multipliers
     decay: float = Field(0.9, ge=0, lt=1)  # fisher: of the running mean of scores, a microbatch
-    calibration_batches: int = Field(16, ge=0)  # fisher: batches that are scored before the first step
+    calibration_batches: int = Field(16, ge=0)  # fisher, activation: batches scored before the first step
     # turn the residual stream to its principal axes first, found on calibration_batches: the function stays, hidden
     # keeps the first of them, embeddings are untied (docs/masks.md)
     rotate: bool = False
@@ -53,6 +53,8 @@ class PruneConfig(Section):
     def _starts(self) -> Self:
         if self.method == "hard_concrete" and not self.warmup_steps:
             raise ValueError("warmup_steps=0 closes gates before they could learn; use 1 or more, or method=fisher")
+        if self.method == "activation" and not self.calibration_batches:
+            raise ValueError("method=activation scores units on calibration_batches; use 1 or more")
         if self.method == "fisher" and not self.warmup_steps and not self.calibration_batches:
             raise ValueError("warmup_steps=0 closes units before any has a score; use calibration_batches of 1 or more")
         if self.rotate and self.method == "hard_concrete":

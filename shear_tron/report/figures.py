@@ -15,6 +15,8 @@ alt.data_transformers.disable_max_rows()
 
 HEIGHT = 240
 SMALL = 130
+MANY = 40  # evaluations: that many marks on a line hide it
+BILLIONS = "datum.value ? replace(format(datum.value, '~s'), 'G', 'B') : '0'"  # axis labels: 20k, 5B
 DASHES = [[1, 0], [6, 3], [2, 2], [9, 3, 2, 3], [4, 1]]
 Figure: TypeAlias = Any  # an Altair chart of any sort
 Rows = list[dict[str, Any]]
@@ -31,11 +33,18 @@ def figures(story: Story) -> dict[str, Figure]:
 
 def _x(story: Story) -> alt.X:
     scale = alt.Scale(domain=[0, story.stages[-1].last["tokens"]], nice=False)
-    return alt.X("tokens:Q", title="tokens seen", axis=alt.Axis(format="~s"), scale=scale)
+    return alt.X("tokens:Q", title="tokens seen", axis=alt.Axis(labelExpr=BILLIONS), scale=scale)
 
 
 def chart(rows: Rows) -> Figure:
-    return alt.Chart(alt.InlineData(values=rows))
+    """Over ``rows``, whose numbers are cut to more digits than a figure shows."""
+    short = [{key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+    return alt.Chart(alt.InlineData(values=short))
+
+
+def _points(story: Story) -> alt.OverlayMarkDef | bool:
+    evaluations = sum("held_out" in line for stage in story.stages for line in stage.lines)
+    return alt.OverlayMarkDef(filled=True, size=45) if evaluations <= MANY else False
 
 
 def _boundaries(story: Story) -> Figure | None:
@@ -62,14 +71,19 @@ def _loss(story: Story) -> Figure:
             training.append({**at, "loss": line["loss"], "what": "training batch"})
             if "held_out" in line:
                 evaluated.append({**at, "loss": mean(line["held_out"]), "what": "held out, mean"})
+    for stage in story.baselines:
+        evaluated += [
+            {"tokens": line["tokens"], "run": stage.name, "loss": mean(line["held_out"]), "what": stage.name}
+            for line in stage.lines
+            if "held_out" in line and line["tokens"] <= story.stages[-1].last["tokens"]
+        ]
+    named = ["training batch", "held out, mean", *(stage.name for stage in story.baselines)]
     y = alt.Y("loss:Q", title="loss, nats per token", scale=alt.Scale(zero=False))
-    kind = alt.Color("what:N", title=None, scale=alt.Scale(domain=["training batch", "held out, mean"]))
+    kind = alt.Color("what:N", title=None, scale=alt.Scale(domain=named))
     tooltip = ["run:N", "step:Q", "tokens:Q", alt.Tooltip("loss:Q", format=".3f")]
     lines = [
         chart(training).mark_line(strokeWidth=1, opacity=0.55).encode(x=_x(story), y=y, color=kind, detail="run:N"),
-        chart(evaluated)
-        .mark_line(point=alt.OverlayMarkDef(filled=True, size=45))
-        .encode(x=_x(story), y=y, color=kind, tooltip=tooltip),
+        chart(evaluated).mark_line(point=_points(story)).encode(x=_x(story), y=y, color=kind, tooltip=tooltip),
     ]
     if story.source:
         label = "source, held out" if story.source_is_measured else "reference, mean"
@@ -81,12 +95,12 @@ def _loss(story: Story) -> Figure:
 
 
 def _mixture(story: Story) -> Figure:
-    rows = [
-        {"tokens": line["tokens"], "domain": name, "weight": weight}
-        for stage in story.stages
-        for line in stage.lines
-        for name, weight in line["weights"].items()
-    ]
+    rows: Rows = []
+    for stage in story.stages:
+        for before, line in zip([{}, *stage.lines], stage.lines, strict=False):
+            if line["weights"] != before.get("weights") or line is stage.last:  # it stays as it is between updates
+                weights = line["weights"].items()
+                rows += [{"tokens": line["tokens"], "domain": name, "weight": weight} for name, weight in weights]
     y = alt.Y("weight:Q", stack="normalize", title="share of a batch", axis=alt.Axis(format="%"))
     area = chart(rows).mark_area(interpolate="step-after", opacity=0.85)
     return _layer(
@@ -105,11 +119,15 @@ def _excess(story: Story) -> Figure | None:
     if not rows:
         return None
     zero = chart([{"excess": 0}]).mark_rule(style="wanted", strokeDash=[5, 3]).encode(y="excess:Q")
-    line = chart(rows).mark_line(point=alt.OverlayMarkDef(filled=True, size=45))
+    line = chart(rows).mark_line(point=_points(story))
     y = alt.Y("excess:Q", title="held-out loss above reference, nats")
     tooltip = ["domain:N", "run:N", "tokens:Q", alt.Tooltip("excess:Q", format="+.3f")]
-    shape = alt.Shape("domain:N", title=None, sort=story.domains, scale=alt.Scale(domain=story.domains))
-    return _layer(story, zero, line.encode(x=_x(story), y=y, color=_domain(story), shape=shape, tooltip=tooltip))
+    line = line.encode(x=_x(story), y=y, color=_domain(story), tooltip=tooltip, detail="run:N")
+    if _points(story):
+        line = line.encode(
+            shape=alt.Shape("domain:N", title=None, sort=story.domains, scale=alt.Scale(domain=story.domains))
+        )
+    return _layer(story, zero, line)
 
 
 def _domain(story: Story) -> alt.Color:
@@ -191,7 +209,9 @@ def _speed(story: Story) -> Figure:
         for stage in story.stages
         for line in stage.lines
     ]
-    y = alt.Y("speed:Q", title="tokens per second, all ranks", axis=alt.Axis(format="~s"), scale=alt.Scale(zero=True))
+    y = alt.Y(
+        "speed:Q", title="tokens per second, all ranks", axis=alt.Axis(labelExpr=BILLIONS), scale=alt.Scale(zero=True)
+    )
     return _layer(story, chart(rows).mark_line().encode(x=_x(story), y=y, detail="run:N"))
 
 

@@ -27,7 +27,7 @@ async function show(moment) {
   document.getElementById("when").value =
     `step ${frame.step.toLocaleString("en")}, ${frame.tokens.toLocaleString("en")} tokens`;
   await Promise.all(Object.keys(frame).filter((name) => views[`gates-${name}`])
-    .map((name) => views[`gates-${name}`].data("cells", cells(name, frame[name])).runAsync()));
+    .map((name) => views[`gates-${name}`].data("cells", cells(name, frame[name])).resize().runAsync()));
 }
 
 if (slider) {

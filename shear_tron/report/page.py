@@ -106,7 +106,11 @@ def _tiles(story: Story) -> list[dict[str, Any]]:
 
 def _ago(stage: Stage) -> str:
     when = stage.last.get("time")
-    return f"last step at {time.strftime('%Y-%m-%d %H:%M', time.localtime(when))}" if when else ""
+    told = f"last step at {time.strftime('%Y-%m-%d %H:%M', time.localtime(when))}" if when else ""
+    if stage.finished:
+        return told
+    left = (stage.steps - stage.last["step"]) * median(line["seconds"] for line in stage.lines)
+    return f"{told}; steps for another {duration(left)}".removeprefix("; ")
 
 
 def _lineage(story: Story) -> list[dict[str, Any]]:

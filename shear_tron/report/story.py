@@ -12,7 +12,7 @@ from shear_tron.report.units import SPARSITIES
 from shear_tron.train import metrics
 
 TOLERANCE = 0.01  # a kind whose expected sparsity ends further than this from the target's has missed it
-POINTS = 1500  # of a curve: more are more than a screen has columns
+POINTS = 800  # of a curve: more are more than a screen has columns
 SAMPLES = "samples.jsonl"  # lines of {"prompt", "text"}, if somebody recorded any
 
 Losses = dict[str, float]

@@ -4,7 +4,7 @@ SPARSITIES = {
     "": "layer parameters",
     "hidden": "hidden",
     "layers": "layers",
-    "kv_heads": "key-value heads",
+    "kv_heads": "kv heads",
     "heads_per_group": "heads per group",
     "ffn": "ffn",
 }

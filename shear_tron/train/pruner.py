@@ -21,6 +21,7 @@ from shear_tron.pruning.make import make_method
 from shear_tron.pruning.scored import Scored
 from shear_tron.pruning.scores import chance, magnitude
 from shear_tron.shape import Shape
+from shear_tron.train.activations import activation_scores
 from shear_tron.train.optimizer import finite_gradients, moments, start_moments
 
 # Kept counts are padded up to a multiple of this: what matrix units like. On 2 CPU cores at hidden 1024, gates halfway,
@@ -57,10 +58,15 @@ class Pruner:
 
     def calibrate(self, engine: Engine, batches: Batches, microbatches: range) -> None:
         """Let the method see the batches that it wants before the first step; weights stay as they are. Collective."""
+        if self.config.method == "activation":
+            seen = batches.take(self.config.calibration_batches, self.topology.device)
+            assert isinstance(self.method, Scored)
+            self.method.set_scores(activation_scores(engine, seen, self.topology))
+            return
         for step in range(-self.config.batches_before, 0):
-            windows = batches.next()[0].to(self.topology.device)
+            ((tokens, labels),) = batches.take(1, self.topology.device)
             sampled, gated = self.sample(step, microbatches)
-            engine.train(windows[:, :-1], windows[:, 1:], gated)
+            engine.train(tokens, labels, gated)
             self.backward(step, sampled, gated)
             for stage in engine.stages:
                 stage.zero_grad()

@@ -2,9 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,23 +19,9 @@ from shear_tron.parallel.topology import Topology
 from shear_tron.params import params
 from shear_tron.pruning.rotate import Turned, principal_axes
 from shear_tron.train.config import RunConfig
+from shear_tron.train.seeing import ENTER, seeing
 
 FOLDER = "rotated"  # in the run's folder: the turned weights, on their way to the ranks
-
-
-class _Seeing:
-    """A ``Split`` that shows what layers read: every normed stream, all tokens of a microbatch."""
-
-    def __init__(self, split: Any, see: Callable[[Tensor], None]) -> None:
-        self._split, self._see = split, see
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._split, name)
-
-    def enter(self, x: Tensor) -> Tensor:
-        entered: Tensor = self._split.enter(x)
-        self._see(entered)
-        return entered
 
 
 def second_moments(engine: Engine, batches: Sequence[tuple[Tensor, Tensor]], topology: Topology) -> Tensor:
@@ -47,21 +32,14 @@ def second_moments(engine: Engine, batches: Sequence[tuple[Tensor, Tensor]], top
     hidden = engine.stages[0].architecture.shape.hidden
     total = torch.zeros(hidden, hidden, dtype=torch.float64, device=topology.device)
 
-    def see(x: Tensor) -> None:
-        if topology.tp_rank == 0:  # tensor-parallel ranks see the same
+    def see(_layer: int | None, what: str, x: Tensor) -> None:
+        if what == ENTER and topology.tp_rank == 0:  # tensor-parallel ranks see the same
             wide = x.detach().double()
             total.addmm_(wide.T, wide, alpha=1 / (len(wide) * engine.count * len(batches)))
 
-    modules = [module for stage in engine.stages for module in (stage, *stage.layers.values())]
-    splits: list[Any] = [module.split for module in modules]
-    try:
-        for module, split in zip(modules, splits, strict=True):
-            module.split = _Seeing(split, see)  # type: ignore[assignment]
+    with seeing(engine.stages, see):
         for tokens, labels in batches:
             engine.evaluate(tokens, labels, DENSE)
-    finally:
-        for module, split in zip(modules, splits, strict=True):
-            module.split = split
     return sync.sum_over_ranks(total, topology) / topology.layout.dp
 
 
@@ -73,8 +51,7 @@ def rotate(engine: Engine, batches: Batches, config: RunConfig, weights: Turned,
     """
     assert config.prune is not None
     stages, run = engine.stages, Path(config.run)
-    windows = [batches.next()[0].to(topology.device) for _ in range(config.prune.calibration_batches)]
-    moments = second_moments(engine, [(each[:, :-1], each[:, 1:]) for each in windows], topology)
+    moments = second_moments(engine, batches.take(config.prune.calibration_batches, topology.device), topology)
     energy, axes = principal_axes(moments)
     folder, problem = run / FOLDER, None
     if topology.is_main:

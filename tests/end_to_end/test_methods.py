@@ -32,7 +32,7 @@ def state(run: Path) -> dict[str, torch.Tensor]:
     return {name: reader.read(name) for name in reader.sizes}
 
 
-@pytest.mark.parametrize("method", ["fisher", "magnitude", "random"])
+@pytest.mark.parametrize("method", ["fisher", "magnitude", "activation", "random"])
 def test_interrupted_and_resumed_is_never_interrupted_and_keeps_the_targets_counts(
     world: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

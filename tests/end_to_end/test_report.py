@@ -93,6 +93,7 @@ def test_a_run_that_goes_on_can_be_reported(runs: tuple[str, str], tmp_path: Pat
     assert cli.main(["report", str(tmp_path / "running")]) == 0
     text = (tmp_path / "running" / "report.html").read_text()
     assert "step 7 of 8" in text
+    assert "steps for another" in text
     assert "missed by" not in text
 
 
@@ -142,11 +143,11 @@ const clipped = [], empty = [];
 for (const chart of document.querySelectorAll(".chart")) {
   const svg = chart.querySelector("svg");
   if (!svg || svg.querySelectorAll("path,rect,text").length < 5) { empty.push(chart.id); continue; }
-  const edge = chart.closest(".card").getBoundingClientRect();
+  const edge = svg.getBoundingClientRect();
   for (const text of svg.querySelectorAll("text")) {
     const box = text.getBoundingClientRect();
     const shown = text.textContent && getComputedStyle(text).opacity !== "0" && text.getAttribute("opacity") !== "0";
-    if (shown && (box.left < edge.left || box.right > edge.right || text.textContent.endsWith("…")))
+    if (shown && (box.left < edge.left - 1 || box.right > edge.right + 1 || text.textContent.endsWith("…")))
       clipped.push(chart.id + ": " + text.textContent);
   }
 }

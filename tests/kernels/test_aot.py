@@ -13,7 +13,24 @@ pytestmark = pytest.mark.skipif(
 )
 triton = pytest.importorskip("triton")
 TABLE = Path(__file__).parents[2] / "kernels" / "bench" / "aot.csv"
-SAMPLE = ("masked bf16", "dim=128 bf16", "hidden<=4096", "heads=32/8", "rows, columns fp32 to bf16")
+SAMPLE = (
+    "silu masked",
+    "attention_keys_backward dim=128 bf16",
+    "add + norm hidden<=4096",
+    "heads=32/8",
+    "rows, columns fp32 to bf16",
+)
+
+
+def test_loops_are_read_from_a_disassembly() -> None:
+    """Two loops, one in the other: the inner one counts."""
+    from shear_kernels import aot
+
+    lines = ["MOV R1, R2", "LDL R3, [R1]", "HGMMA.64x64x16.F32 R4", "STL [R1], R5", "@P0 BRA 0x20", "STL [R1], R6"]
+    lines += ["@!P1 BRA 0x10", "EXIT"]
+    sass = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+    (inner,) = aot.loops(sass)
+    assert list(inner.values()) == ["HGMMA.64x64x16.F32", "STL", "BRA"]
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +49,12 @@ def test_committed_table_is_of_this_source(committed: list) -> None:  # type: ig
     assert len(aot.stale(changed)) == 2  # the test can fail: one row changed, one missing
 
 
-def test_no_spill_and_shared_memory_fits(committed: list) -> None:  # type: ignore[type-arg]
+def test_no_spill_in_a_loop_and_shared_memory_fits(committed: list) -> None:  # type: ignore[type-arg]
     from shear_kernels import aot
 
     assert aot.complaints(committed) == []
     assert {r.arch for r in committed} == {80, 90, 100}
-    bad = [replace(committed[0], spills=1), replace(committed[0], shared_bytes=10**6)]
+    bad = [replace(committed[0], loop_spills=1), replace(committed[0], shared_bytes=10**6)]
     assert len(aot.complaints(bad)) == 2
 
 
@@ -67,4 +84,4 @@ def test_compiling_now_gives_the_committed_rows(committed: list) -> None:  # typ
     if triton.__version__ == committed[0].triton:
         assert set(found) <= {repr(row) for row in committed}
     else:
-        assert all("spills=0," in line for line in found)
+        assert all("loop_spills=0," in line for line in found)

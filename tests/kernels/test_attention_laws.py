@@ -1,5 +1,6 @@
 """Masked attention: kernel = reference."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,30 @@ def test_documents(causal: bool, documents: str, dtype: torch.dtype) -> None:
     assert_lawful("masked_attention", inputs(2, 67, 3, 1, 32, "soft", dtype), causal=causal, cu_seqlens=cu_seqlens)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("documents", ["none", "inside rows", "across rows, open end"])
+@pytest.mark.parametrize("window", [7, 50])
+def test_windows(window: int, documents: str, dtype: torch.dtype) -> None:
+    """Shorter than a block and longer, in documents too."""
+    cu_seqlens = cumulative(DOCUMENTS[documents])
+    assert_lawful("masked_attention", inputs(2, 67, 3, 1, 32, "soft", dtype), window=window, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize(("time", "window", "dtype"), [(100, 70, torch.float32), (300, 200, torch.bfloat16)])
+def test_a_long_window_has_blocks_without_masks(time: int, window: int, dtype: torch.dtype) -> None:
+    assert_lawful("masked_attention", inputs(1, time, 1, 1, 16, "ones", dtype), window=window)
+
+
+def test_what_a_window_hides_may_be_anything() -> None:
+    """Key blocks outside every query's window are not read."""
+    tensors = inputs(1, 300, 2, 1, 16, "ones", torch.float32)
+    v = tensors["v"]
+    assert v is not None
+    v[:, :64] = float("nan")
+    seen = kernel(tensors, window=20)["output 0"][:, 256:]
+    assert torch.isfinite(seen).all()
+
+
 def test_a_document_is_alone() -> None:
     """Attention over packed documents equals attention over each by itself."""
     tensors = inputs(1, 100, 2, 1, 32, "ones", torch.float32)
@@ -123,6 +148,27 @@ def test_strided_views_need_no_copy() -> None:
     fused = normal(2, 33, 8 * 16, seed=1).view(2, 33, 8, 16)
     q, k, v = fused[:, :, :4], fused[:, :, 4:6], fused[:, :, 6:]
     assert_lawful("masked_attention", {"q": q, "k": k, "v": v, "head_mask": gates("soft", 4)})
+
+
+@pytest.mark.parametrize(("name", "time", "stride"), [("q", 130, 2**24 - 16), ("k", 130, 2**24 - 16), ("v", 3, 2**30)])
+def test_offsets_beyond_32_bits(name: str, time: int, stride: int, tmp_path: Path) -> None:
+    """Rows so far apart that the last begin 2^31 elements after the first. A sparse file."""
+    size = (time + 1) * stride
+    if DEVICE == "cuda":
+        flat = torch.empty(size, dtype=torch.bfloat16, device=DEVICE)
+    else:
+        flat = torch.from_file(str(tmp_path / "rows"), shared=True, size=size, dtype=torch.bfloat16)
+        (tmp_path / "rows").unlink()
+    tensors = inputs(1, time, 1, 1, 16, "none", torch.bfloat16)
+    far = flat.as_strided((1, time, 1, 16), (16, stride, 16, 1))
+    close = tensors[name]
+    assert close is not None
+    far.copy_(close)
+    outputs = [
+        shear_kernels.masked_attention(**(tensors | {name: x}), backend="triton")  # type: ignore[arg-type]
+        for x in (close, far)
+    ]
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize(

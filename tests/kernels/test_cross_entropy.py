@@ -7,6 +7,7 @@ import pytest
 import torch
 from shear_kernels import reference, vocab_cross_entropy
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def inputs(tokens: int, hidden: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,12 +26,14 @@ def all_of(op: Callable[..., Tensor], x: Tensor, weight: Tensor, labels: Tensor,
     return [loss, *torch.autograd.grad(loss, (x, weight), upstream)]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 8, 1000])
+@pytest.mark.parametrize("kept_bytes", [0, 2**31])
+@pytest.mark.parametrize("chunk", [1, 7, 8, None])
 @pytest.mark.parametrize("tokens", [1, 21])
-def test_equals_reference_in_float64(tokens: int, chunk: int) -> None:
+def test_equals_reference_in_float64(tokens: int, chunk: int | None, kept_bytes: int) -> None:
+    """Whether the backward finds the forward's terms or computes them again."""
     x, weight, labels = inputs(tokens, 12, 37, torch.float64)
     for ours, wanted in zip(
-        all_of(vocab_cross_entropy, x, weight, labels, chunk=chunk),
+        all_of(vocab_cross_entropy, x, weight, labels, chunk=chunk, kept_bytes=kept_bytes),
         all_of(reference.vocab_cross_entropy, x, weight, labels),
         strict=True,
     ):
@@ -42,9 +45,16 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda a, b: vocab_cross_entropy(a, b, labels, chunk=2), (x, weight))
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 2**31])
+@pytest.mark.parametrize("sure", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_errs_at_most_twice_as_much_as_plain_pytorch(dtype: torch.dtype) -> None:
+def test_low_precision_errs_at_most_twice_as_much_as_plain_pytorch(
+    dtype: torch.dtype, sure: bool, kept_bytes: int
+) -> None:
+    """Sure tokens, whose label has nearly all the probability, too: their gradient is a small difference."""
     x, weight, labels = inputs(33, 64, 101, dtype)
+    if sure:
+        x = (0.1 * weight.detach().float()[labels.clamp(min=0)] + 0.1 * x.detach()).to(dtype).requires_grad_()
     exact = all_of(
         reference.vocab_cross_entropy,
         x.detach().double().requires_grad_(),
@@ -56,7 +66,10 @@ def test_low_precision_errs_at_most_twice_as_much_as_plain_pytorch(dtype: torch.
         return torch.nn.functional.cross_entropy((a @ b.t()).float(), c, reduction="none", ignore_index=-100)
 
     for ours, theirs, truth in zip(
-        all_of(vocab_cross_entropy, x, weight, labels, chunk=8), all_of(plain, x, weight, labels), exact, strict=True
+        all_of(vocab_cross_entropy, x, weight, labels, chunk=8, kept_bytes=kept_bytes),
+        all_of(plain, x, weight, labels),
+        exact,
+        strict=True,
     ):
         assert ours.dtype == theirs.dtype
         assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-6
@@ -80,8 +93,9 @@ class Ranks:
         return reduce
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 2**31])
 @pytest.mark.parametrize("ends", [(20, 40), (1, 39, 40), (13, 26, 40)])
-def test_vocabulary_shards_join_to_the_whole(ends: tuple[int, ...]) -> None:
+def test_vocabulary_shards_join_to_the_whole(ends: tuple[int, ...], kept_bytes: int) -> None:
     x, weight, labels = inputs(17, 6, ends[-1], torch.float64)
     loss, dx, dweight = all_of(reference.vocab_cross_entropy, x, weight, labels)
     ranks, starts = Ranks(len(ends)), (0, *ends[:-1])
@@ -98,6 +112,7 @@ def test_vocabulary_shards_join_to_the_whole(ends: tuple[int, ...]) -> None:
             all_reduce_max=ranks.reducer(rank, "max"),
             all_reduce_sum=ranks.reducer(rank, "sum"),
             chunk=5,
+            kept_bytes=kept_bytes,
         )
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(ends))]
@@ -147,3 +162,11 @@ def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         vocab_cross_entropy(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kept_bytes", "products"), [(2**31, 3), (0, 4)])
+def test_what_is_kept_is_not_computed_again(kept_bytes: int, products: int) -> None:
+    x, weight, labels = inputs(21, 12, 37, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        vocab_cross_entropy(x, weight, labels, chunk=8, kept_bytes=kept_bytes).sum().backward()
+    assert counter.get_total_flops() == products * 2 * 21 * 12 * 37

@@ -4,6 +4,7 @@ import pytest
 import shear_kernels
 import torch
 from kernel_law import DEVICE, DTYPES, MASKS, assert_lawful, assert_same_bits, gates, normal, run
+from shear_kernels import activation
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,6 +39,16 @@ def test_halves_of_one_matrix_need_no_copy() -> None:
     assert_lawful("masked_swiglu", {"gate": gate, "up": up, "mask": gates("soft", 40)})
     ours = shear_kernels.masked_swiglu(gate, up, backend="triton")
     assert torch.equal(ours, shear_kernels.masked_swiglu(gate.contiguous(), up.contiguous(), backend="triton"))
+
+
+@pytest.mark.parametrize(
+    "rows_a_block", [activation.FORWARD_ROWS, activation.BACKWARD_ROWS * activation.BACKWARD_STEPS]
+)
+def test_a_million_tokens_can_be_launched(rows_a_block: int) -> None:
+    """CUDA takes 2^31 - 1 blocks along the first axis of a grid and 65,535 along the others."""
+    first, *others = activation.grid(2**20, 14336, rows_a_block)
+    assert first < 2**31
+    assert all(blocks < 65536 for blocks in others)
 
 
 def test_no_rows() -> None:

@@ -142,7 +142,7 @@ def test_chance_is_a_function_of_the_seed() -> None:
         assert not torch.equal(first[kind], other[kind])
 
 
-@pytest.mark.parametrize("method", ["hard_concrete", "fisher", "magnitude", "random"])
+@pytest.mark.parametrize("method", ["hard_concrete", "fisher", "magnitude", "activation", "random"])
 def test_a_state_restores_the_masks(method: str) -> None:
     config = PruneConfig(target=TargetConfig(), method=method, warmup_steps=2)
     first, second = (make_method(config, Architecture(SOURCE), TARGET, seed=1) for _ in range(2))

@@ -1,0 +1,123 @@
+"""What is seen of activations is what transformers' own hooks see, and the same in every layout: units' scores, and the
+second moments that rotation turns by."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run
+from torch import Tensor, nn
+
+from shear_tron.architecture import Architecture
+from shear_tron.checkpoint.huggingface import write
+from shear_tron.model.transformer import Transformer
+from shear_tron.parallel.data import shard
+from shear_tron.parallel.pipeline import Engine, build_stages
+from shear_tron.parallel.topology import Layout, start
+from shear_tron.shape import Shape
+from shear_tron.train.activations import activation_scores
+from shear_tron.train.rotation import second_moments
+
+SOURCE = Architecture(Shape(hidden=24, layers=4, heads=8, kv_heads=4, head_dim=6, ffn=20, vocab=40))
+BATCH, TIME, BATCHES = 8, 6, 2
+LAYOUTS = {
+    "fsdp2": Layout(shard=2),
+    "tp4": Layout(tp=4, sequence=False),
+    "tp2+sp": Layout(tp=2),
+    "pp2 interleaved": Layout(pp=2, schedule="interleaved", stages_per_rank=2),
+    "all on 8": Layout(pp=2, shard=2, tp=2),
+}
+
+
+class InMemory:
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        model = Transformer(SOURCE).double()
+        for name, parameter in model.named_parameters():
+            nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+        self.weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def read(self, name: str) -> Tensor:
+        return self.weights[name].clone()
+
+    def read_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        return self.weights[name].narrow(axis, start, stop - start).clone()
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    windows = [torch.randint(40, (BATCH, TIME + 1), generator=generator) for _ in range(BATCHES)]
+    return [(each[:, :-1], each[:, 1:]) for each in windows]
+
+
+def seen(layout: Layout) -> dict[str, Tensor]:
+    topology = start(layout, torch.device("cpu"))
+    stages = [
+        shard(stage, InMemory(), topology, torch.float64, torch.float64)
+        for stage in build_stages(SOURCE, topology, "none")
+    ]
+    engine = Engine(stages, topology, BATCH // layout.dp, 1, TIME, torch.float64)
+    own = [tuple(x.chunk(layout.dp)[topology.dp_rank] for x in each) for each in batches()]
+    scores = activation_scores(engine, own, topology)
+    return scores | {"moments": second_moments(engine, own, topology)}
+
+
+@cache
+def alone() -> dict[str, Tensor]:
+    return run(1, seen, Layout())[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_every_layout_sees_the_same(layout: Layout) -> None:
+    for result in run(layout.world, seen, layout):
+        assert result.keys() == alone().keys()
+        for name, value in result.items():
+            torch.testing.assert_close(
+                value, alone()[name], atol=1e-10, rtol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
+def test_what_is_seen_is_what_hooks_of_transformers_see(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    write(tmp_path / "model", SOURCE, InMemory().weights.items(), dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model").double()
+    inputs: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[Tensor]] = {}
+    streams: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def flat(x: Tensor) -> Tensor:
+        return x.detach().flatten(0, 1)
+
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+            module.register_forward_pre_hook(lambda _, x, n=name: inputs.setdefault(n, []).append(flat(x[0])))
+        if name.endswith("norm"):
+            module.register_forward_hook(lambda _, __, y, n=name: outputs.setdefault(n, []).append(flat(y)))
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(
+            lambda _, x, y, n=number: streams.setdefault(n, []).append(
+                (flat(x[0]), flat(y[0] if isinstance(y, tuple) else y))
+            )
+        )
+    with torch.no_grad():
+        for tokens, _ in batches():
+            model(tokens)
+    scores = alone()
+    normed = {name: torch.cat(each) for name, each in outputs.items()}
+    close = {"atol": 1e-4, "rtol": 1e-4}  # weights are stored, and transformers turns q and k, in float32
+    torch.testing.assert_close(scores["hidden"], sum(each.abs().mean(0) for each in normed.values()), **close)
+    moments = sum(each.T @ each / len(each) for each in normed.values())
+    torch.testing.assert_close(scores["moments"], moments, **close)
+    assert len(normed) == 2 * 4 + 1
+    for number in range(4):
+        prefix = f"model.layers.{number}"
+        columns = torch.cat(inputs[f"{prefix}.mlp.down_proj"]).abs().mean(0)
+        torch.testing.assert_close(scores["ffn"][number], columns, **close)
+        heads = torch.cat(inputs[f"{prefix}.self_attn.o_proj"]).unflatten(1, (8, 6)).norm(dim=-1).mean(0).view(4, 2)
+        torch.testing.assert_close(scores["kv_heads"][number], heads.sum(1), **close)
+        torch.testing.assert_close(scores["heads_per_group"][number], heads.sum(0), **close)
+        before, after = (torch.cat(each) for each in zip(*streams[number], strict=True))
+        influence = (1 - torch.cosine_similarity(before, after)).mean()
+        torch.testing.assert_close(scores["layers"][number], influence, **close)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shear_tron.data.manifest import sha256
 from shear_tron.data.shards import WORK, Sign, Task, save_atomically
+from shear_tron.files import sha256
 
 BUCKET = 50_000_000  # fingerprints sorted at a time: about 2 GB
 
@@ -25,7 +25,7 @@ def drop_duplicates(tasks: list[Task], output: str, across: bool) -> list[Task]:
 
 
 def _drop(tasks: list[Task], output: str) -> list[Task]:
-    signatures = [np.load(Sign.path(output, task), mmap_mode="r") for task in tasks]
+    signatures = [Sign.read(output, task) for task in tasks]
     ends = np.cumsum([len(part) for part in signatures])
     keep = np.zeros(int(ends[-1]), dtype=bool)
     buckets = int(ends[-1]) // BUCKET + 1

@@ -1,41 +1,62 @@
 """``domains.json``: what a prepared folder holds, and whether it is whole."""
 
 import difflib
-import hashlib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shear_tron.data.tokenizer import fingerprint
+from shear_tron.files import sha256, write_atomically
+from shear_tron.reading import read_json, short
 
 FILE = "domains.json"
 FORMAT = 1
+
+
+def _inside(file: str) -> str:
+    """A path that stays in the folder it counts from."""
+    path = PurePosixPath(file)
+    if path.is_absolute() or not path.parts or ".." in path.parts or "\0" in file:
+        raise ValueError("is no path inside the folder")
+    return file
+
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class Shard:
     """One ``.ds`` file (datatrove's format: raw little-endian ids) and its ``.ds.index`` (uint64 document ends)."""
 
-    file: str  # relative to the folder
-    tokens: int
-    documents: int
+    __pydantic_config__ = _STRICT
+
+    file: Annotated[str, AfterValidator(_inside)]  # relative to the folder
+    tokens: Annotated[int, Field(ge=1)]
+    documents: Annotated[int, Field(ge=1)]
     sha256: str
+    index_sha256: str | None = None  # None: written before there was one
 
 
 @dataclass(frozen=True)
 class Domain:
     """A domain's shards in reading order. ``held_out`` is never trained on."""
 
+    __pydantic_config__ = _STRICT
+
     train: tuple[Shard, ...]
     held_out: tuple[Shard, ...]
     source: str = ""
     licence: str = ""
-    empty: int = 0  # documents without text, left out
-    damaged: int = 0  # records that could not be read, left out
-    duplicates: int | None = None  # documents left out because the same text came before; None: nobody looked
+    empty: Count = 0  # documents without text, left out
+    damaged: Count = 0  # records that could not be read, left out
+    duplicates: Count | None = None  # documents left out because the same text came before; None: nobody looked
 
     def tokens(self, split: Literal["train", "held_out"] = "train") -> int:
         return sum(shard.tokens for shard in getattr(self, split))
@@ -52,13 +73,15 @@ class Manifest:
     open and close every document (None: not added).
     """
 
+    __pydantic_config__ = _STRICT
+
     folder: str
     tokenizer: str
     tokenizer_sha256: str
-    vocab: int
-    token_bytes: int
-    bos: int | None
-    separator: int | None
+    vocab: Annotated[int, Field(ge=1)]
+    token_bytes: Annotated[int, Field(ge=2, le=4, multiple_of=2)]
+    bos: Count | None
+    separator: Count | None
     held_out_share: float
     domains: dict[str, Domain]
 
@@ -74,26 +97,19 @@ class Manifest:
         if not file.is_file():
             raise ValueError(f"data folder {folder} holds no {FILE}; make it with `shear-tron prepare`")
         try:
-            content = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is damaged ({error}); run `shear-tron prepare` again") from error
-        if content.get("format") != FORMAT:
-            raise ValueError(f"{file} has format={content.get('format')}, not {FORMAT}; run `shear-tron prepare` again")
-        manifest = cls._from_json(folder, content)
+            content = read_json(file)
+            found = content.pop("format", None)
+            if found != FORMAT:
+                raise ValueError(f"{file} has format={short(found)}, not {FORMAT}")
+            # strict, as JSON: no number is made of a text
+            manifest = TypeAdapter(cls).validate_json(json.dumps({**content, "folder": folder}), strict=True)
+        except ValueError as error:
+            reason = _first(error) if isinstance(error, ValidationError) else str(error)
+            raise ValueError(f"{file} is damaged ({reason}); run `shear-tron prepare` again") from None
         manifest._check_model(tokenizer, vocab)
-        for domain in manifest.domains.values():
-            for shard in (*domain.train, *domain.held_out):
-                manifest._check_size(shard)
+        for shard in manifest.shards():
+            manifest._check_size(shard)
         return manifest
-
-    @classmethod
-    def _from_json(cls, folder: str, content: dict[str, Any]) -> "Manifest":
-        fields = {key: value for key, value in content.items() if key not in ("format", "domains")}
-        domains = {}
-        for name, domain in content["domains"].items():
-            train, held_out = (tuple(Shard(**shard) for shard in domain.pop(split)) for split in ("train", "held_out"))
-            domains[name] = Domain(train, held_out, **domain)
-        return cls(folder=folder, domains=domains, **fields)
 
     def write(self) -> None:
         """Write ``domains.json`` in one step: a reader sees the old file or the new one."""
@@ -119,23 +135,38 @@ class Manifest:
         ):
             try:
                 found = os.stat(os.path.join(self.folder, file)).st_size
-            except FileNotFoundError:
-                raise ValueError(f"shard {file} of {self.folder} is missing; run `shear-tron prepare` again") from None
+            except OSError as error:
+                reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+                raise ValueError(
+                    f"shard {short(file)} of {self.folder} {reason}; run `shear-tron prepare` again"
+                ) from None
             if found != expected:
                 raise ValueError(
                     f"shard {file} of {self.folder} has {found} bytes, not {expected}: it is damaged; "
                     "run `shear-tron prepare` again"
                 )
 
+    def shards(self) -> list[Shard]:
+        """Every shard of every domain."""
+        return [shard for domain in self.domains.values() for shard in (*domain.train, *domain.held_out)]
+
     def verify(self) -> None:
-        """Read every token shard and compare its sha256. Raises ValueError for the first that differs."""
-        for domain in self.domains.values():
-            for shard in (*domain.train, *domain.held_out):
-                if sha256(Path(self.folder) / shard.file) != shard.sha256:
-                    raise ValueError(
-                        f"shard {shard.file} of {self.folder} does not have its sha256: it is damaged; "
-                        "delete it and run `shear-tron prepare` again"
-                    )
+        """Read everything. Raises ValueError for the first shard that is not what was written."""
+        for shard in self.shards():
+            self.verify_shard(shard)
+
+    def verify_shard(self, shard: Shard) -> None:
+        """Read a shard and its index. Raises ValueError where it is not what was written."""
+        if sha256(Path(self.folder) / shard.file) != shard.sha256:
+            raise ValueError(
+                f"shard {shard.file} of {self.folder} does not have its sha256: it is damaged; "
+                "delete it and run `shear-tron prepare` again"
+            )
+        index = Path(self.folder) / f"{shard.file}.index"
+        ends = np.fromfile(index, dtype="<u8").astype(np.int64)
+        whole = ends[-1] == shard.tokens and bool((np.diff(ends, prepend=0) > 0).all())
+        if not whole or (shard.index_sha256 and sha256(index) != shard.index_sha256):
+            raise ValueError(f"{index} is damaged; delete it and its shard, and run `shear-tron prepare` again")
 
     def domain(self, name: str) -> Domain:
         """The domain called ``name``. Raises ValueError when there is none, or it has no tokens to train on."""
@@ -153,16 +184,7 @@ class Manifest:
             self.domain(name)
 
 
-def sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace ``file`` by ``text``, on disk before the name changes."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(draft, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(draft, file)
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}={short(problem['input'])}: {problem['msg']}"

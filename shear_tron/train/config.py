@@ -1,6 +1,6 @@
 """The configuration of a run: its sections, and those of training itself."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -9,7 +9,6 @@ from shear_tron.config import Section
 from shear_tron.data.config import DataConfig
 from shear_tron.parallel.config import ParallelConfig
 from shear_tron.pruning.config import PruneConfig
-from shear_tron.pruning.rotate import untied
 
 
 class TrainConfig(Section):
@@ -41,6 +40,9 @@ class ScheduleConfig(Section):
     before: int = Field(default=0, ge=0)  # steps of it that earlier runs have made
 
 
+Memory = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     """AdamW and its rate: linear warm-up, then a cosine. The defaults are the paper's (section 3.1)."""
 
@@ -48,7 +50,7 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)  # the rate grows linearly over them
     min_learning_rate: float = Field(default=0.1, ge=0, le=1)  # as a share of learning_rate, at the end of the cosine
     weight_decay: float = Field(default=0.0, ge=0)  # decoupled, on every weight
-    betas: tuple[float, float] = (0.9, 0.95)  # memory of the two moments
+    betas: tuple[Memory, Memory] = (0.9, 0.95)  # memory of the two moments
     eps: float = Field(default=1e-8, gt=0)  # added to the root of the second moment
     clip: float = Field(default=1.0, gt=0)  # global gradient norm
     schedule: ScheduleConfig | None = None  # none: the schedule is this run's alone, as in the paper
@@ -67,8 +69,11 @@ class DistillConfig(Section):
 class CheckpointConfig(Section):
     """When to save, and how much to keep."""
 
-    every: int = Field(default=0, ge=0)  # steps; 0: only at the end
+    every: int = Field(default=0, ge=0)  # steps; 0: by the clock only
+    minutes: float = Field(default=30, ge=0)  # since the last one; 0: by steps only
     keep: PositiveInt = 2  # the newest that stay on disk
+    keep_every: int = Field(default=0, ge=0)  # and those of steps that are multiples of it; 0: none
+    background: bool = False  # train on while writing, from a copy in the host's memory
 
 
 class LogConfig(Section):
@@ -94,6 +99,8 @@ class RunConfig(Section):
 
     def source(self, architecture: Architecture) -> Architecture:
         """What this run trains, started from a model of ``architecture``: the same, or untied to be rotated."""
+        from shear_tron.pruning.rotate import untied  # needs torch, which `shear-tron config` does without
+
         if self.prune is None or not self.prune.rotate:
             return architecture
         return untied(architecture)

@@ -40,7 +40,7 @@ def require_samples(run: RunFolder, architecture: Architecture, form: Form, samp
             "samples: the run masks documents and nanotron's reader does not; leave --samples out and prepare "
             "nanotron's data for it"
         )
-    found = len(AutoTokenizer.from_pretrained(run.model).get_vocab())
+    found = len(AutoTokenizer.from_pretrained(run.model, local_files_only=True, trust_remote_code=False).get_vocab())
     if found != architecture.shape.vocab:
         raise ValueError(
             f"samples: nanotron wants vocab={architecture.shape.vocab} to be the tokenizer's {found} entries; leave "
@@ -92,9 +92,9 @@ def _write_samples(folder: Path, tokenizer: Path, run: RunFolder, samples: int) 
     """datatrove's format: ids, ends of documents (here: of samples), and the tokenizer's place."""
     manifest = Manifest.read(str(run.data))
     progress = sharded.progress(run.checkpoint)
-    weights: dict[str, float] = progress["mixture"]["weights"]
+    weights: dict[str, float] = progress.state["mixture"]["weights"]
     sampler = Sampler(manifest, tuple(weights), run.config.data.sequence, run.config.train.seed)
-    sampler.restore(progress["sampler"])
+    sampler.restore(progress.state["sampler"])
     folder.mkdir(parents=True)
     length = run.config.data.sequence + 1
     with open(folder / "00000.ds", "wb") as file:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -129,3 +130,17 @@ def test_the_harness_runs_a_task_of_a_local_file(
 def test_the_paper_has_eleven_tasks() -> None:
     tasks = yaml.safe_load((EXAMPLES / "evaluate/paper.yaml").read_text())
     assert len({task["task"] for task in tasks}) == len(tasks) == 11
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_formats_converts_each_way(tmp_path: Path) -> None:
+    """Weights are holes; that what is written is right is other tests' business."""
+    script = [sys.executable, str(EXAMPLES / "benchmarks/formats.py"), str(tmp_path / "out")]
+    done = subprocess.run([*script, "--shape", "tiny", "--sparse"], capture_output=True, text=True, check=True)
+    assert [row.split(",")[:2] for row in done.stdout.splitlines()[1:]] == [
+        ["hf", "cp"],
+        ["hf", "huggingface"],
+        ["hf", "nanotron"],
+        ["nanotron", "huggingface"],
+        ["hf", "gguf"],
+    ]

@@ -11,7 +11,7 @@ VERBS = {
     "train": "prune (given a `prune` section) or pre-train",
     "extract": "write a pruning run's dense model: Hugging Face, nanotron, GGUF",
     "export": "write a training run's model: Hugging Face, nanotron, GGUF",
-    "import": "make a Hugging Face folder of a nanotron checkpoint",
+    "import": "a Hugging Face folder of nanotron's or LLM-Shearing's",
     "verify": "whether a folder of data, a run or a model is what was written",
     "report": "what runs did, as one HTML page; also while they run",
     "eval": "losses of models on held-out data, side by side",
@@ -87,9 +87,10 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--tp", type=int, default=1, help="pieces of every tensor, for nanotron; any can be read")
         sub.add_argument("--samples", type=int, default=0, help="of the run's next samples to hand to nanotron")
     if verb == "import":
-        sub.add_argument("checkpoint", help="folder that nanotron saved")
+        sub.add_argument("checkpoint", help="folder that nanotron saved, or state dict of LLM-Shearing")
         sub.add_argument("output", help="Hugging Face folder to write; must not exist")
         sub.add_argument("--tokenizer", required=True, help="folder of the model's tokenizer")
+        sub.add_argument("--target", help="to cut LLM-Shearing's masked model to: hidden=..,layers=..,heads=..,ffn=..")
     if verb in ("extract", "export", "import"):
         default = None if verb == "import" else "float32"  # None: as it is stored
         q8_0 = [] if verb == "import" else ["q8_0"]  # of GGUF

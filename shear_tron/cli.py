@@ -150,9 +150,9 @@ def _form(arguments: argparse.Namespace) -> "Form":
 
 
 def import_(arguments: argparse.Namespace) -> None:
-    from shear_tron.train.outputs import import_model
+    from shear_tron.train.migrate import import_model
 
-    print(import_model(arguments.checkpoint, arguments.output, arguments.tokenizer, arguments.dtype))
+    print(import_model(arguments.checkpoint, arguments.output, arguments.tokenizer, arguments.dtype, arguments.target))
 
 
 def verify(arguments: argparse.Namespace) -> None:

@@ -1,11 +1,12 @@
 """A GGUF file for llama.cpp: names, metadata and vocabulary as llama.cpp's own converter writes them, tensor by tensor.
 
-Rows of q and k heads go from rotary halves (Hugging Face) to neighbouring pairs (llama.cpp). Norms are stored in
-float32 whatever the rest is, as llama.cpp wants them.
+Where llama.cpp turns neighbouring rows of a head, those of q and k go from halves (Hugging Face) to pairs. Norms and
+biases are stored in float32 whatever the rest is, as llama.cpp wants them.
 """
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,6 +19,7 @@ from torch import Tensor
 from shear_tron.architecture import Architecture, Rope
 from shear_tron.checkpoint.atomic import atomic
 from shear_tron.checkpoint.gguf_vocab import add_vocabulary
+from shear_tron.checkpoint.names import Names, Packed, stored, with_biases
 from shear_tron.checkpoint.nanotron_pieces import turn
 from shear_tron.checkpoint.safetensors_stream import storable
 from shear_tron.params import count, params
@@ -30,20 +32,71 @@ _KINDS: Mapping[str, tuple[Any, Any]] = {
     "bfloat16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-_NAMES = {
-    "embed": "token_embd",
-    "attn_norm": "blk.{}.attn_norm",
-    "q": "blk.{}.attn_q",
-    "k": "blk.{}.attn_k",
-    "v": "blk.{}.attn_v",
-    "o": "blk.{}.attn_output",
-    "mlp_norm": "blk.{}.ffn_norm",
-    "gate": "blk.{}.ffn_gate",
-    "up": "blk.{}.ffn_up",
-    "down": "blk.{}.ffn_down",
-    "norm": "output_norm",
-    "lm_head": "output",
+_LAYER = {
+    "embed": "token_embd.weight",
+    "attn_norm": "blk.{}.attn_norm.weight",
+    "q": "blk.{}.attn_q.weight",
+    "k": "blk.{}.attn_k.weight",
+    "v": "blk.{}.attn_v.weight",
+    "q_norm": "blk.{}.attn_q_norm.weight",
+    "k_norm": "blk.{}.attn_k_norm.weight",
+    "o": "blk.{}.attn_output.weight",
+    "mlp_norm": "blk.{}.ffn_norm.weight",
+    "gate": "blk.{}.ffn_gate.weight",
+    "up": "blk.{}.ffn_up.weight",
+    "down": "blk.{}.ffn_down.weight",
+    "norm": "output_norm.weight",
+    "lm_head": "output.weight",
 }
+_NAMES = with_biases(_LAYER)
+_QKV = with_biases({**_LAYER, **dict.fromkeys("qkv", Packed("blk.{}.attn_qkv.weight", ("q", "k", "v"), "part"))})
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A network of llama.cpp's. ``turned``: its q and k heads turn neighbouring rows. ``biases``: those it can have.
+    ``whole_heads``: takes hidden to be heads times head_dim. ``tied``: can do without a head of its own."""
+
+    name: str
+    turned: bool
+    biases: frozenset[str] = frozenset()
+    names: Names = field(default_factory=lambda: _NAMES)
+    whole_heads: bool = False
+    tied: bool = True
+
+
+_EVERY = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
+GRAPHS = {  # by our family
+    "llama": Graph("llama", turned=True, biases=_EVERY),
+    "mistral": Graph("llama", turned=True),
+    "qwen2": Graph("qwen2", turned=False, biases=frozenset({"q", "k", "v"}), whole_heads=True),
+    "qwen3": Graph("qwen3", turned=False),
+    "smollm3": Graph("smollm3", turned=True),
+    "gpt_neox": Graph("gptneox", turned=False, biases=_EVERY, names=_QKV, whole_heads=True, tied=False),
+}
+
+
+def require(architecture: Architecture) -> Graph:
+    """llama.cpp's network for a model; ValueError where it has none that computes the same."""
+    graph, shape = GRAPHS.get(architecture.family), architecture.shape
+    if graph is None:
+        raise ValueError(f"family={architecture.family} is not written as GGUF; use one of {', '.join(GRAPHS)}")
+    if architecture.window is not None:
+        raise ValueError(f"window={architecture.window}: llama.cpp's {graph.name} ignores it; use a model without")
+    if graph.whole_heads and shape.hidden != shape.heads * shape.head_dim:
+        raise ValueError(
+            f"hidden={shape.hidden} is not heads={shape.heads} times head_dim={shape.head_dim}, which llama.cpp's "
+            f"{graph.name} takes for granted; shear to hidden={shape.heads * shape.head_dim}"
+        )
+    if shape.tied and not graph.tied:
+        raise ValueError(f"tied embeddings: llama.cpp's {graph.name} has none; use a model without")
+    if strange := sorted(architecture.biases - graph.biases):
+        raise ValueError(f"biases of {', '.join(strange)}: llama.cpp's {graph.name} has none; use a model without")
+    fixed = frozenset(range(3, shape.layers, 4)) if graph.name == "smollm3" else frozenset()
+    if architecture.unturned_layers != fixed:
+        found = sorted(architecture.unturned_layers)
+        raise ValueError(f"unturned_layers={found}: llama.cpp's {graph.name} has {sorted(fixed)}; keep such layers")
+    return graph
 
 
 def write(
@@ -56,44 +109,47 @@ def write(
 ) -> None:
     """Write one ``.gguf`` file, whole or not at all.
 
-    tensors: (our name, tensor) in the order of ``shear_tron.params.params``; one at a time is in memory. kind: of
-    matrices; with q8_0 (blocks of 32, one scale each) a matrix whose rows are no multiple of 32 is float16, as in
-    llama.cpp. tokenizer_from: a Hugging Face folder. Raises ValueError for a tensor out of order, missing or misshaped,
-    a pre-tokenizer that llama.cpp is not known to have, and where ``file`` exists or does not end in ``.gguf``.
+    tensors: (our name, tensor), each once; in the order of ``shear_tron.params.params`` one packed tensor is in memory
+    at a time, in another order those that came too soon are too. kind: of matrices; with q8_0 (blocks of 32, one scale
+    each) a matrix whose rows are no multiple of 32 is float16, as in llama.cpp. tokenizer_from: a Hugging Face folder.
+    Raises ValueError for a missing, extra or misshaped tensor, for what llama.cpp lacks (``require``), a pre-tokenizer
+    that it is not known to have, and where ``file`` exists or does not end in ``.gguf``.
     """
-    file = Path(file)
+    file, graph = Path(file), require(architecture)
     if file.suffix != ".gguf":
         raise ValueError(f"{file} is no name of a GGUF file; use {file.with_suffix('.gguf')}")
     with atomic(file) as partial:
-        writer = gguf.GGUFWriter(partial, "llama")
+        writer = gguf.GGUFWriter(partial, graph.name)
         _add_metadata(writer, file.stem, architecture, kind)
         add_vocabulary(writer, Path(tokenizer_from), architecture.shape.vocab)
         factors = _rope_factors(architecture.rope, architecture.shape.head_dim)
         if factors is not None:
             writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-        wanted = list(params(architecture))
-        types = [_type(kind, param.size) for param in wanted]
-        for param, (stored, length) in zip(wanted, types, strict=True):
-            name = _NAMES[param.row.leaf].format(param.layer) + ".weight"
-            writer.add_tensor_info(name, param.size, np.dtype(np.float32), length, raw_dtype=stored)
+        due = [(each, *_type(kind, each.size)) for each in stored(architecture, graph.names)]
+        for each, quantised, length in due:
+            writer.add_tensor_info(each.name, each.size, np.dtype(np.float32), length, raw_dtype=quantised)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors)
-        given = iter(tensors)
-        for param, (stored, _) in zip(wanted, types, strict=True):
-            name, tensor = next(given, ("nothing", torch.empty(0)))
-            if name != param.name:
-                raise ValueError(f"{name} came where {param.name} was due; give every tensor once and in order")
+        waiting = {param.name: param for param in params(architecture)}
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors:
+            param = waiting.pop(name, None)
+            if param is None:
+                raise ValueError(f"{name} is not a tensor of this model, or came twice; give every tensor once")
             if tuple(tensor.shape) != param.size:
                 raise ValueError(f"{name} has size {list(tensor.shape)}; this model's is {list(param.size)}")
             weight = storable(name, tensor, torch.float32)
-            if param.row.leaf in ("q", "k"):
-                weight = turn(weight, architecture.shape.head_dim)
-            writer.write_tensor_data(gguf.quants.quantize(weight.contiguous().numpy(), stored))
-        if (extra := next(given, None)) is not None:
-            raise ValueError(f"{extra[0]} is not a tensor of this model; leave it out")
+            turned = graph.turned and param.row.leaf.removesuffix("_bias") in ("q", "k")
+            found[name] = turn(weight, architecture.shape.head_dim) if turned else weight
+            while due and all(param.name in found for param in due[0][0].params):
+                each, quantised, _ = due.pop(0)
+                packed = each.pack([found.pop(param.name) for param in each.params])
+                writer.write_tensor_data(gguf.quants.quantize(packed.contiguous().numpy(), quantised))
+        if waiting:
+            raise ValueError(f"{next(iter(waiting))} was not given ({len(waiting)} missing in all)")
         writer.close()
 
 
@@ -114,15 +170,15 @@ def kind(dtype: str | None) -> Kind:
 
 def _type(kind: Kind, size: tuple[int, ...]) -> tuple[Any, int]:
     """How a tensor is stored, and its bytes."""
-    stored = _KINDS[kind][0] if len(size) > 1 else gguf.GGMLQuantizationType.F32
-    block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
+    quantised = _KINDS[kind][0] if len(size) > 1 else gguf.GGMLQuantizationType.F32
+    block, block_bytes = gguf.GGML_QUANT_SIZES[quantised]
     if size[-1] % block:
-        stored, block, block_bytes = gguf.GGMLQuantizationType.F16, 1, 2
-    return stored, prod(size) // block * block_bytes
+        quantised, block, block_bytes = gguf.GGMLQuantizationType.F16, 1, 2
+    return quantised, prod(size) // block * block_bytes
 
 
 def _add_metadata(writer: Any, name: str, architecture: Architecture, kind: Kind) -> None:
-    shape = architecture.shape
+    shape, rope = architecture.shape, architecture.rope
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     writer.add_size_label(gguf.size_label(count(architecture), 0, 0, 0))
@@ -132,13 +188,17 @@ def _add_metadata(writer: Any, name: str, architecture: Architecture, kind: Kind
     writer.add_feed_forward_length(shape.ffn)
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
-    writer.add_rope_freq_base(architecture.rope.theta)
-    writer.add_layer_norm_rms_eps(architecture.norm_eps)
+    writer.add_rope_freq_base(rope.theta)
+    writer.add_rope_dimension_count(int(rope.share * shape.head_dim))
+    if architecture.norm == "layer":
+        writer.add_layer_norm_eps(architecture.norm_eps)
+        writer.add_parallel_residual(architecture.parallel_residual)
+    else:
+        writer.add_layer_norm_rms_eps(architecture.norm_eps)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
     writer.add_file_type(_KINDS[kind][1])
     writer.add_vocab_size(shape.vocab)
-    writer.add_rope_dimension_count(shape.head_dim)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 

@@ -177,7 +177,8 @@ def architecture_config(architecture: Architecture, dtype: torch.dtype) -> dict[
         **family.keys(architecture),
         # Without these transformers would assume others; `write` takes them from the tokenizer's folder.
         **dict.fromkeys(TOKEN_IDS),
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),  # transformers 4's word for it
     }
     _require_said(architecture, _architecture(Path("config.json"), config))
     return config

@@ -59,7 +59,9 @@ def require_form(architecture: Architecture, form: Form) -> None:
         raise ValueError(f"dtype=q8_0 is GGUF's; for {form.format} use float32, bfloat16 or float16")
     if form.format == "nanotron":
         require(architecture, form.flavour, form.tp)
-    elif form.format == "huggingface":
+    elif form.format == "gguf":
+        gguf.require(architecture)
+    else:
         huggingface.architecture_config(architecture, torch.float32)
 
 

@@ -75,7 +75,7 @@ def wholes(architecture: Architecture) -> list[Whole]:
 def turn(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
     """Rows of each head in the order 0, d/2, 1, d/2 + 1, ..: rotary halves become neighbours; or ``back``."""
     pairs = (head_dim // 2, 2) if back else (2, head_dim // 2)
-    return weight.view(-1, *pairs, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+    return weight.view(-1, *pairs, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a run's checkpoint to a model that others open, and from another trainer's checkpoint to one that is sheared."""
+"""From a run's checkpoint to a model that others open: the dense model of a pruning run, or a trained model."""
 
 from collections.abc import Iterable, Iterator
 from math import prod
@@ -10,8 +10,7 @@ from tqdm import tqdm
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import huggingface, sharded
 from shear_tron.checkpoint.atomic import atomic
-from shear_tron.checkpoint.model_folder import Form, open_model, require_form, write_model
-from shear_tron.data.tokenizer import load
+from shear_tron.checkpoint.model_folder import Form, require_form, write_model
 from shear_tron.params import count, params
 from shear_tron.pruning.extract import extract as dense_model
 from shear_tron.pruning.make import read_method
@@ -50,21 +49,6 @@ def export(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
     tensors = ((param.name, reader.read(param.name)) for param in params(architecture))
     said = _write(run, output, architecture, architecture, tensors, form, samples)
     return f"{output}: {count(architecture):,} parameters, {architecture.shape}{said}"
-
-
-def import_model(checkpoint: str, output: str, tokenizer: str, dtype: str | None) -> str:
-    """Make a Hugging Face folder of a checkpoint of another trainer, with a folder's tokenizer. Returns a sentence.
-
-    Raises ValueError where ``checkpoint`` is not whole or has another forward, or the tokenizer has more ids.
-    """
-    model = open_model(checkpoint)
-    architecture = model.architecture
-    ids, rows = load(tokenizer).vocab, architecture.shape.vocab
-    if ids > rows:
-        raise ValueError(f"{tokenizer} has {ids} ids, {checkpoint} vocab={rows}; give the model's own tokenizer")
-    tensors = shown(((name, model.read(name)) for name in model.names()), architecture)
-    write_model(output, architecture, tensors, Form(dtype=dtype), tokenizer)
-    return f"{output}: {count(architecture):,} parameters, {architecture.shape}"
 
 
 def _write(

@@ -98,7 +98,7 @@ def test_a_nanotron_checkpoint_has_the_same_losses(world: Path, tmp_path: Path) 
 
     architecture = Architecture(Shape(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=24, vocab=320))
     noise = torch.Generator().manual_seed(0)
-    tensors = {p.name: 0.2 * torch.randn(p.size, generator=noise) for p in params(architecture.shape)}
+    tensors = {p.name: 0.2 * torch.randn(p.size, generator=noise) for p in params(architecture)}
     huggingface.write(tmp_path / "hf", architecture, tensors.items(), tokenizer_from=world / "model")
     nanotron.write(tmp_path / "nano", architecture, tensors.items(), dtype=torch.float32)
     assert read_model_config(tmp_path / "nano/model_config.json")[0] == architecture

@@ -1,6 +1,7 @@
 """GGUF files: what transformers and llama.cpp read out of them is the model that went in."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,36 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shear_tron.architecture import Architecture, Rope
 from shear_tron.checkpoint import huggingface
-from shear_tron.checkpoint.gguf import Kind, write
+from shear_tron.checkpoint.gguf import Kind, require, write
 from shear_tron.params import params
 from shear_tron.shape import Shape
 
 LLAMA3 = Rope(theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
-SHAPES = {
-    "plain": Shape(hidden=64, layers=2, heads=4, kv_heads=4, head_dim=16, ffn=96, vocab=300),
-    "grouped": Shape(hidden=64, layers=2, heads=8, kv_heads=2, head_dim=16, ffn=96, vocab=300),
-    "tied": Shape(hidden=48, layers=3, heads=6, kv_heads=3, head_dim=8, ffn=80, vocab=300, tied=True),
+GROUPED = Shape(hidden=64, layers=2, heads=8, kv_heads=2, head_dim=16, ffn=96, vocab=300)
+PLAIN = Shape(hidden=64, layers=2, heads=4, kv_heads=4, head_dim=16, ffn=96, vocab=300)
+SQUARE = Shape(hidden=64, layers=2, heads=8, kv_heads=2, head_dim=8, ffn=96, vocab=300)  # hidden is whole heads
+TIED = Shape(hidden=48, layers=5, heads=6, kv_heads=3, head_dim=8, ffn=80, vocab=300, tied=True)
+QKV = frozenset({"q", "k", "v"})
+MODELS = {
+    "plain": Architecture(PLAIN, Rope(theta=50000.0), context=128),
+    "grouped": Architecture(GROUPED, context=128),
+    "tied": Architecture(TIED, context=128),
+    "llama-3.1": Architecture(GROUPED, LLAMA3, context=128),
+    "biases": Architecture(GROUPED, context=128, biases=QKV | {"o", "gate", "up", "down"}),
+    "mistral": Architecture(GROUPED, context=128, family="mistral"),
+    "qwen2": Architecture(SQUARE, context=128, family="qwen2", biases=QKV),
+    "qwen3": Architecture(GROUPED, context=128, family="qwen3", qk_norm=True),
+    "smollm3": Architecture(TIED, context=128, family="smollm3", unturned_layers=frozenset({3})),
+    "gpt_neox": Architecture(
+        PLAIN,
+        Rope(share=0.25),
+        context=128,
+        family="gpt_neox",
+        norm="layer",
+        mlp="gelu",
+        biases=QKV | {"o", "up", "down"},
+        parallel_residual=True,
+    ),
 }
 TEXT = "The 12 quick brown foxes don't jump; they'll\n\n  think. ÄÖ 東京 1234567"
 QWEN2 = (
@@ -70,9 +92,9 @@ def tensors(architecture: Architecture) -> dict[str, Tensor]:
     }
 
 
-def make(folder: Path, name: str, rope: Rope, kind: Kind, cut: Any = CUTS["gpt-2"]) -> dict[str, Tensor]:
+def make(folder: Path, name: str, kind: Kind = "float32", cut: Any = CUTS["gpt-2"]) -> dict[str, Tensor]:
     """``folder/hf`` and ``folder/out/model.gguf`` of the same weights."""
-    architecture = Architecture(SHAPES[name], rope, context=128)
+    architecture = MODELS[name]
     weights = tensors(architecture)
     save_tokenizer(folder / "tokenizer", cut)
     huggingface.write(folder / "hf", architecture, weights.items(), tokenizer_from=folder / "tokenizer")
@@ -86,14 +108,14 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ["plain", "grouped", "tied", "qwen2"])
 def test_transformers_reads_the_same_model(name: str, tmp_path: Path) -> None:
-    make(tmp_path, name, Rope(theta=50000.0), "float32")
+    make(tmp_path, name)
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
     assert before.config.hidden_size == after.config.hidden_size
     assert after.config.rms_norm_eps == pytest.approx(before.config.rms_norm_eps, rel=1e-7)  # it is a float32 there
-    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"):
+    for key in ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"):
         assert getattr(after.config, key) == getattr(before.config, key), key
     weights = dict(after.named_parameters())
     for parameter_name, parameter in before.named_parameters():
@@ -103,7 +125,7 @@ def test_transformers_reads_the_same_model(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_transformers_reads_the_same_tokenizer(cut: str, tmp_path: Path) -> None:
-    make(tmp_path, "plain", Rope(), "float32", CUTS[cut])
+    make(tmp_path, "plain", cut=CUTS[cut])
     fields = gguf.GGUFReader(tmp_path / "out/model.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == cut
     assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
@@ -115,7 +137,7 @@ def test_transformers_reads_the_same_tokenizer(cut: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("kind", "error"), [("float16", 2e-3), ("bfloat16", 2e-2), ("q8_0", 3e-2)])
 def test_kinds_store_what_they_can(kind: Kind, error: float, tmp_path: Path) -> None:
-    weights = make(tmp_path, "tied", Rope(), kind)
+    weights = make(tmp_path, "tied", kind)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors}
     assert stored["blk.1.attn_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
     down = stored["blk.1.ffn_down.weight"]  # rows of 80, no multiple of q8_0's 32
@@ -129,7 +151,7 @@ def test_kinds_store_what_they_can(kind: Kind, error: float, tmp_path: Path) -> 
 
 def test_stretched_rotary_embeddings_are_written_as_factors(tmp_path: Path) -> None:
     """llama.cpp divides each frequency by its factor; the result is transformers' own."""
-    make(tmp_path, "plain", LLAMA3, "float32")
+    make(tmp_path, "llama-3.1")
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     plain = 1.0 / LLAMA3.theta ** (np.arange(0, 16, 2) / 16)
@@ -139,7 +161,7 @@ def test_stretched_rotary_embeddings_are_written_as_factors(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    architecture = Architecture(SHAPES["plain"])
+    architecture = Architecture(PLAIN)
     weights = tensors(architecture)
     save_tokenizer(tmp_path / "tokenizer")
     save_tokenizer(tmp_path / "odd", pre_tokenizers.Whitespace())
@@ -150,29 +172,48 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         assert {path.name for path in tmp_path.iterdir()} == {"tokenizer", "odd"}
 
     refuse("use .*out.gguf", weights.items(), file="out")
-    refuse("lm_head came where embed was due", reversed(weights.items()))
-    refuse("nothing came where lm_head was due", list(weights.items())[:-1])
+    refuse("lm_head was not given", list(weights.items())[:-1])
     refuse("more is not a tensor of this model", [*weights.items(), ("more", torch.ones(1))])
     refuse(r"embed has size \[2\]", [("embed", torch.ones(2))])
     refuse("embed holds NaN", [("embed", torch.full((300, 64), torch.nan))])
     refuse(r"how this tokenizer cuts text \(Whitespace\) is not known", weights.items(), tokenizer="odd")
 
 
+def test_tensors_may_come_in_any_order(tmp_path: Path) -> None:
+    weights = make(tmp_path, "gpt_neox")
+    backwards = reversed(weights.items())
+    write(tmp_path / "back.gguf", MODELS["gpt_neox"], backwards, kind="float32", tokenizer_from=tmp_path / "hf")
+    one, other = (gguf.GGUFReader(tmp_path / file) for file in ("out/model.gguf", "back.gguf"))
+    for first, second in zip(one.tensors, other.tensors, strict=True):
+        assert first.name == second.name
+        assert np.array_equal(first.data, second.data)
+
+
 @pytest.mark.parametrize(
-    ("name", "rope", "cut"),
+    ("change", "match"),
     [
-        ("plain", Rope(), "gpt-2"),
-        ("grouped", LLAMA3, "llama-bpe"),
-        ("tied", Rope(), "smollm"),
-        ("tied", Rope(), "qwen2"),
+        ({"family": "mistral", "window": 8}, "window=8: llama.cpp's llama ignores it"),
+        ({"family": "qwen3", "qk_norm": True, "biases": QKV}, "biases of k, q, v: llama.cpp's qwen3 has none"),
+        (
+            {"family": "smollm3", "unturned_layers": frozenset({1})},
+            r"unturned_layers=\[1\]: llama.cpp's smollm3 has \[\]",
+        ),
+        ({"family": "qwen2", "biases": QKV}, "hidden=64 is not heads=8 times head_dim=16"),
+        ({"family": "other"}, "family=other is not written as GGUF; use one of llama"),
     ],
-    ids=lambda value: "rope" if isinstance(value, Rope) else value,
 )
-def test_llama_cpp_goes_on_with_the_same_tokens(name: str, rope: Rope, cut: str, tmp_path: Path) -> None:
+def test_what_llama_cpp_computes_otherwise_is_refused(change: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        require(replace(MODELS["grouped"], **change))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_goes_on_with_the_same_tokens(name: str, tmp_path: Path) -> None:
+    cut = list(CUTS)[list(MODELS).index(name) % len(CUTS)]
     llama_cpp = pytest.importorskip(
         "llama_cpp", reason="llama-cpp-python is not installed: it builds for 6 minutes; pip install '.[llama-cpp]'"
     )
-    make(tmp_path, name, rope, "float32", CUTS[cut])
+    make(tmp_path, name, cut=CUTS[cut])
     here = llama_cpp.Llama(str(tmp_path / "out/model.gguf"), n_ctx=128, verbose=False, n_threads=1, logits_all=True)
     ids = Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json")).encode(TEXT).ids
     assert here.tokenize(TEXT.encode(), add_bos=False) == ids
@@ -214,7 +255,7 @@ def test_sentencepiece_is_written_piece_by_piece(llama2: Path, tmp_path: Path) -
     import sentencepiece
 
     library = sentencepiece.SentencePieceProcessor(str(llama2 / "tokenizer.model"))
-    architecture = Architecture(SHAPES["plain"])
+    architecture = Architecture(PLAIN)
     write(tmp_path / "out.gguf", architecture, tensors(architecture).items(), tokenizer_from=llama2)
     fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
     assert fields["tokenizer.ggml.model"].contents() == "llama"
@@ -234,7 +275,7 @@ def test_llama_cpp_cuts_text_as_sentencepiece(form: str, llama2: Path, tmp_path:
 
     llama_cpp = pytest.importorskip("llama_cpp")
     library = sentencepiece.SentencePieceProcessor(str(llama2 / "tokenizer.model"))
-    architecture = Architecture(SHAPES["plain"])
+    architecture = Architecture(PLAIN)
     write(tmp_path / "out.gguf", architecture, tensors(architecture).items(), tokenizer_from=llama2 / form)
     here = llama_cpp.Llama(str(tmp_path / "out.gguf"), n_ctx=128, verbose=False, vocab_only=True)
     for text in ("they'll jump over", "think the brown", "quick Ä 東 12", TEXT):

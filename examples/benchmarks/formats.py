@@ -1,0 +1,112 @@
+"""How fast models are converted, beside `cp`, and in how much memory.
+
+    python examples/benchmarks/formats.py OUT                 # rows for a 1.3B shape in bfloat16 (2.7 GB a folder)
+    python examples/benchmarks/formats.py OUT --sparse        # weights that are holes: the memory that a 7B takes
+
+Each conversion runs in a process of its own, whose peak resident memory is told. Megabytes are those of the weights.
+Files are read from the page cache where they fit; the disk is waited for only where the writer waits for it.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shear_tron.architecture import Architecture
+from shear_tron.checkpoint import huggingface
+from shear_tron.checkpoint.model_folder import Form, open_model, write_model
+from shear_tron.checkpoint.safetensors_stream import Writer
+from shear_tron.params import count, params
+from shear_tron.shape import Shape
+
+SHAPES = {
+    "tiny": Shape(hidden=64, layers=2, heads=4, kv_heads=4, head_dim=16, ffn=96, vocab=320),
+    "1.3b": Shape(hidden=2048, layers=24, heads=16, kv_heads=16, head_dim=128, ffn=5504, vocab=32000),
+    "7b": Shape(hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, ffn=11008, vocab=32000),
+}
+VOCABULARY = {chr(97 + i // 26) + chr(97 + i % 26): i for i in range(300)}
+
+
+def random_tensors(architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    noise = torch.randn(1 << 20).to(torch.bfloat16)
+    for param in params(architecture):
+        number = torch.Size(param.size).numel()
+        yield param.name, noise.repeat(-(-number // len(noise)))[:number].view(param.size)
+
+
+def make(folder: Path, architecture: Architecture, sparse: bool) -> None:
+    """A Hugging Face folder with a tokenizer; ``sparse``: the files are as long as they would be, and hold holes."""
+    words = folder / "words"
+    words.mkdir(parents=True)
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": VOCABULARY, "merges": []},
+    }
+    (words / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if not sparse:
+        huggingface.write(folder / "hf", architecture, random_tensors(architecture), tokenizer_from=words)
+        return
+    shutil.copytree(words, folder / "hf")
+    config = huggingface.architecture_config(architecture, torch.bfloat16)
+    (folder / "hf/config.json").write_text(json.dumps(config))
+    names = huggingface.family_of(architecture).names
+    sizes = {str(names[p.row.leaf]).format(p.layer): p.size for p in params(architecture)}
+    Writer(folder / "hf", sizes, torch.bfloat16, 5e9)
+
+
+def convert(source: Path, output: Path, form: str) -> None:
+    """In a process of its own: read ``source``, write ``output``, print seconds and peak memory."""
+    began = time.perf_counter()
+    if form == "cp":
+        shutil.copytree(source, output)
+    else:
+        model = open_model(source)
+        tensors = ((name, model.read(name)) for name in model.names())
+        how = Form(form, "bfloat16")  # type: ignore[arg-type]
+        write_model(output, model.architecture, tensors, how, source.parent / "hf")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": time.perf_counter() - began, "peak": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for scratch; must not exist")
+    parser.add_argument("--shape", choices=SHAPES, default=None)
+    parser.add_argument("--sparse", action="store_true")
+    parser.add_argument("--one", nargs=2, metavar=("output", "form"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        convert(given.out, Path(given.one[0]), given.one[1])
+        return
+    architecture = Architecture(SHAPES[given.shape or ("7b" if given.sparse else "1.3b")])
+    make(given.out, architecture, given.sparse)
+    megabytes = 2 * count(architecture) / 1e6
+    print("from,to,megabytes,seconds,megabytes_per_second,peak_memory_gb")
+    for source, output, form in [
+        ("hf", "copy", "cp"),
+        ("hf", "back", "huggingface"),
+        ("hf", "nanotron", "nanotron"),
+        ("nanotron", "again", "huggingface"),
+        ("hf", "model.gguf", "gguf"),
+    ]:
+        call = [sys.executable, __file__, str(given.out / source), "--one", str(given.out / output), form]
+        told = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        rate = megabytes / told["seconds"]
+        print(f"{source},{form},{megabytes:.1f},{told['seconds']:.2f},{rate:.0f},{told['peak'] / 1e9:.2f}", flush=True)
+        if output != "nanotron":
+            path = given.out / output
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ VERBS = {
     "prepare": "tokenise domains of text into shards",
     "stats": "how much there is of each prepared domain",
     "config": "every key of a configuration explained",
+    "plan": "will it fit, how long, in which layout",
     "show": "dry run: counts, what ranks hold, whether all fits",
     "train": "prune (given a `prune` section) or pre-train",
     "extract": "write a pruning run's dense model: Hugging Face, nanotron, GGUF",
@@ -58,6 +59,15 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("key", nargs="?", default="", metavar="section.key", help="default: all")
         sub.add_argument("--explain", action="store_true", help="accepted and implied")
         sub.add_argument("--markdown", action="store_true", help="the whole reference, as docs/config.md has it")
+    if verb == "plan":
+        sub.add_argument("given", nargs="*", metavar="CONFIG", help="of one run or of both stages; and overrides")
+        sub.add_argument("--gpus", type=int, default=8)
+        sub.add_argument("--gpu", default="h100", help="a line of the table of devices")
+        sub.add_argument("--gpus-per-node", type=int, default=None)
+        sub.add_argument("--devices", default=None, help="your table; default: shear_tron/forecast/devices.yaml")
+        sub.add_argument("--model", default=None, help="without a config: a Hugging Face folder or a known name")
+        sub.add_argument("--parameters", default=None, help="without a config: size of the target, such as 1.3B")
+        sub.add_argument("--tokens", default="50B", help="of stage 2, where it has no config")
     if verb == "train":
         sub.add_argument("--nproc", type=int, default=None, help="ranks to start on this machine; torchrun for more")
     if verb == "report":

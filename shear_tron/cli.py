@@ -132,6 +132,12 @@ def _train(path: str, overrides: list[str]) -> int:
         topology.stop()
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    from shear_tron.forecast.command import plan as text
+
+    print(text(arguments))
+
+
 def extract(arguments: argparse.Namespace) -> None:
     from shear_tron.train.outputs import extract as run
 

@@ -115,7 +115,7 @@ def _compute(job: Job, run: Job, device: Device) -> dict[str, float]:
     ]
     moved = layers * (sum(work.bytes for work in ops) + (RESIDUAL if job.pruning else 8) * streams * kept.hidden)
     mine = job.held.total(job, 0)
-    weights = GATHERED * mine + (ACCUMULATED * mine if job.microbatches > 1 else 0)
+    weights = float(GATHERED * mine + (ACCUMULATED * mine if job.microbatches > 1 else 0))
     if job.pruning and job.compact:
         share = count(run.architecture) / count(job.architecture)
         weights += 2 * mine * (sqrt(share) + 2 * share + 1)  # gather kept rows; scatter into a whole gradient

@@ -87,6 +87,8 @@ def saved(job: Job) -> int:
             stream, wide = 3, 2  # what attention adds; what the MLP adds, in float32, and times the layer's gate
     else:
         stream, wide, ffn = 4, 0, 4  # and each norm's x / rms; and silu(gate)
+    if job.architecture.mlp == "gelu":
+        ffn = 2  # up and what GELU makes of it
     per_token = e * 2 * shape.hidden  # the two normed inputs of products, gathered under sequence parallelism
     per_token += (e * attention + e * ffn * shape.ffn + WIDE * shape.heads) // tp
     return n * per_token + m * shape.hidden * (e * stream + WIDE * wide)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from shear_tron.architecture import Architecture, Rope
+from shear_tron.architecture import Architecture
 from shear_tron.forecast.job import Job
 from shear_tron.forecast.memory import saved
 from shear_tron.masks import LayerMasks
 from shear_tron.model.split import Split
-from shear_tron.model.transformer import Layer, Positions
+from shear_tron.model.attention import Positions
+from shear_tron.model.transformer import Layer
 from shear_tron.parallel.topology import Layout
 from shear_tron.shape import Shape
 
@@ -18,7 +19,7 @@ SHAPE = Shape(hidden=64, layers=1, heads=4, kv_heads=2, head_dim=16, ffn=96, voc
 @pytest.mark.parametrize("pruning", [False, True])
 def test_saved_activations_are_those_autograd_keeps(pruning: bool) -> None:
     batch, time = 2, 256
-    layer = Layer(Architecture(SHAPE), Split())
+    layer = Layer(Architecture(SHAPE), 0, Split())
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     sizes = ((64,), (4,), (96,), ())
@@ -32,7 +33,7 @@ def test_saved_activations_are_those_autograd_keeps(pruning: bool) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x, Positions.of(Rope(), 16, time, None, x), masks)
+        layer(x, Positions.of(Architecture(SHAPE), time, None, len(x), x.device, x.dtype), masks)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     found = sum(size for place, size in storages.items() if place not in weights)
     job = Job(Architecture(SHAPE), Layout(), batch, batch, time, compute_bytes=4, pruning=pruning)

@@ -7,8 +7,8 @@ from shear_tron.architecture import Architecture
 from shear_tron.forecast.job import Job
 from shear_tron.forecast.memory import saved
 from shear_tron.masks import LayerMasks
-from shear_tron.model.split import Split
 from shear_tron.model.attention import Positions
+from shear_tron.model.split import Split
 from shear_tron.model.transformer import Layer
 from shear_tron.parallel.topology import Layout
 from shear_tron.shape import Shape

@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 VERBS = {
     "prepare": "tokenise domains of text into shards",
+    "init": "write a commented config for your model and text",
     "stats": "how much there is of each prepared domain",
     "config": "every key of a configuration explained",
     "plan": "will it fit, how long, in which layout",
@@ -68,6 +69,13 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--model", default=None, help="without a config: a Hugging Face folder or a known name")
         sub.add_argument("--parameters", default=None, help="without a config: size of the target, such as 1.3B")
         sub.add_argument("--tokens", default="50B", help="of stage 2, where it has no config")
+    if verb == "init":
+        sub.add_argument("model", help="Hugging Face folder")
+        sub.add_argument("--target", required=True, help="parameters to shear to, such as 3B")
+        sub.add_argument("--data", required=True, help="folder made by prepare, or of text: one domain per subfolder")
+        sub.add_argument("--tokens", default="0.4B", help="to prune with; the paper's 0.4B by default")
+        sub.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks that must divide the target")
+        sub.add_argument("--output", default=".", metavar="DIR", help="for prune.yaml, and prepare.yaml for text")
     if verb == "train":
         sub.add_argument("--nproc", type=int, default=None, help="ranks to start on this machine; torchrun for more")
     if verb == "report":
@@ -77,6 +85,7 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--png", default=None, metavar="DIR", help="write the figures as PNG and SVG too")
     if verb == "show":
         sub.add_argument("--world", type=int, default=None, help="ranks to plan for; default: the fewest that fit")
+        sub.add_argument("--after", default=None, metavar="CONFIG", help="of the pruning run that makes this model")
     if verb == "prepare":
         sub.add_argument("--stats", nargs="?", const="", metavar="PNG", help="like `stats` of its output")
     if verb == "stats":

@@ -74,6 +74,12 @@ def prepare(arguments: argparse.Namespace) -> None:
     print(stats(config.output, arguments.stats or None))
 
 
+def init(arguments: argparse.Namespace) -> None:
+    from shear_tron.forecast.init import init
+
+    print(init(arguments))
+
+
 def stats(arguments: argparse.Namespace) -> None:
     from shear_tron.data.stats import stats
 
@@ -170,10 +176,14 @@ def import_(arguments: argparse.Namespace) -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     from shear_tron.config import load
+    from shear_tron.forecast.recipe import memory
     from shear_tron.train.config import RunConfig
     from shear_tron.train.show import show as text
 
-    print(text(load(RunConfig, arguments.config, arguments.overrides), arguments.world))
+    before = load(RunConfig, arguments.after) if arguments.after else None
+    planned, shown = text(load(RunConfig, arguments.config, arguments.overrides), arguments.world, before)
+    print(shown)
+    print(memory(planned.config, planned.architecture, planned.layout))
 
 
 def report(arguments: argparse.Namespace) -> None:

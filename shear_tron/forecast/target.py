@@ -30,7 +30,7 @@ def propose(model: Architecture, parameters: float, tp: int = 1) -> list[Shape]:
     """Targets of about ``parameters``, best first. Raises ValueError where there are none within 3 %.
 
     Heads and key-value heads shrink together or heads within groups, hidden is a multiple of 128 and of heads (which
-    transformers asks of a LLaMA), ffn of 64 (256 where it can be), all of ``tp``. Depth and width keep the proportion
+    transformers asks of a LLaMA), ffn of 256, in small models less; all of ``tp``. Depth and width keep the proportion
     that good models of that size have, ffn the source's proportion to hidden.
     """
     source = model.shape
@@ -49,7 +49,7 @@ def propose(model: Architecture, parameters: float, tp: int = 1) -> list[Shape]:
 
 def _options(model: Architecture, parameters: float, tp: int) -> Iterator[Shape]:
     source = model.shape
-    grain = 128 if source.hidden >= 1024 else 64
+    grain = 128 if source.hidden >= 1024 else 64 if source.hidden >= 512 else 8
     groups = [(kv, per) for kv in range(1, source.kv_heads + 1) for per in range(1, source.heads_per_group + 1)]
     if source.kv_heads < source.heads:  # grouped-query attention: keep the groups, give up queries within them
         groups = [(kv, per) for kv, per in groups if kv == source.kv_heads or per == source.heads_per_group]
@@ -66,7 +66,7 @@ def _options(model: Architecture, parameters: float, tp: int) -> Iterator[Shape]
                 least = count(model.resized(bare))
                 each = (count(model.resized(replace(bare, ffn=128))) - least) // 64
                 wanted = (parameters - least) / each + 64
-                step = 256 if wanted >= 2048 else 64
+                step = 256 if wanted >= 2048 else 64 if wanted >= 512 else 8
                 ffn = min(source.ffn, max(step, round(wanted / step) * step))
                 shape = replace(bare, ffn=ffn)
                 if ffn % tp == 0 and abs(count(model.resized(shape)) / parameters - 1) <= NEAR:

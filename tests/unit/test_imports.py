@@ -22,7 +22,7 @@ ARROWS = {
     "report": {"config", "train"},
     "use": {"params", "data", "model", "checkpoint"},
     "arguments": set(),
-    "forecast": {*NOUNS, "config", "model", "parallel", "checkpoint", "train"},
+    "forecast": {*NOUNS, "config", "data", "model", "parallel", "checkpoint", "train"},
     "cli": {"arguments", "forecast", "use", "config", "explain", "data", "parallel", "train", "checkpoint", "report"},
     "__main__": {"cli"},
 }

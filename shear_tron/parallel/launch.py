@@ -25,7 +25,9 @@ def launch(count: int, device: torch.device, function: Callable[..., int], *argu
     """
     if device.type == "cuda" and count > torch.cuda.device_count():
         raise ValueError(f"--nproc={count} ranks want a GPU each, and there are {torch.cuda.device_count()}; use fewer")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     settings: dict[str, Any] = {"shutdown_timeout": SAVING}
     known = {field.name for field in fields(LaunchConfig)}  # torch 2.11 had no such setting
     config = LaunchConfig(

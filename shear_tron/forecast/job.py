@@ -1,6 +1,6 @@
 """What is to be forecast: a model, a layout and the portions of a step, without weights, data or devices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Literal
@@ -8,6 +8,8 @@ from typing import Literal
 from shear_tron.architecture import Architecture
 from shear_tron.parallel.topology import Layout
 from shear_tron.params import params
+from shear_tron.shape import Shape
+from shear_tron.train.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,21 @@ class Job:
     pruning: bool = False
     compact: bool = True
 
+    @classmethod
+    def of(cls, config: RunConfig, architecture: Architecture, layout: Layout) -> "Job":
+        """A step of ``config`` on GPUs: bfloat16 and kernels."""
+        train, prune = config.train, config.prune
+        return cls(
+            architecture,
+            layout,
+            train.batch,
+            train.micro_batch,
+            config.data.sequence,
+            train.activation_checkpointing,
+            pruning=prune is not None,
+            compact=prune.compact if prune else True,
+        )
+
     @property
     def microbatches(self) -> int:
         """Of each data-parallel rank in a step."""
@@ -39,6 +56,11 @@ class Job:
     def streams(self) -> int:
         """Tokens of a microbatch whose residual stream this rank holds."""
         return self.tokens // (self.layout.tp if self.layout.sequence else 1)
+
+    def part(self, shape: Shape) -> Shape:
+        """What a tensor-parallel rank holds of a model of ``shape``."""
+        cut = {name: getattr(shape, name) // self.layout.tp for name in ("vocab", "heads", "kv_heads", "ffn")}
+        return replace(shape, **cut)
 
     @cached_property
     def held(self) -> "Held":

@@ -34,6 +34,15 @@ def peak(job: Job) -> Peak:
     return max((p for rank in range(job.layout.pp) for p in _moments(job, rank)), key=lambda found: found.total)
 
 
+def told(found: Peak) -> str:
+    """The lines of `show`."""
+    parts = [f"{name} {size / 1e9:.3g}" for name, size in found.parts.items() if size >= 0.005 * found.total]
+    return (
+        f"memory   {found.total / 1e9:,.3g} GB per GPU at its peak, when {found.moment}:\n         {', '.join(parts)}\n"
+        "         (`shear-tron plan` adds time, traffic and other layouts)"
+    )
+
+
 def _moments(job: Job, pp_rank: int) -> list[Peak]:
     layout, held, shape = job.layout, job.held, job.architecture.shape
     layers = shape.layers // layout.pp

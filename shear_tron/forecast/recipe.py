@@ -6,7 +6,6 @@ from shear_tron.architecture import Architecture
 from shear_tron.forecast.devices import Device
 from shear_tron.forecast.job import Job
 from shear_tron.forecast.layouts import USABLE, Candidate, candidate, ranked
-from shear_tron.forecast.memory import peak
 from shear_tron.parallel.topology import Layout
 from shear_tron.params import count
 from shear_tron.shape import Shape
@@ -34,31 +33,11 @@ class Stage:
 
 
 def stage(title: str, config: RunConfig, architecture: Architecture, layout: Layout) -> Stage:
-    """The stage that ``config`` is, on ``layout``. On GPUs: bfloat16 and kernels."""
+    """The stage that ``config`` is, on ``layout``."""
     train, prune = config.train, config.prune
     target = prune.target.shape(architecture.shape) if prune else None
-    job = Job(
-        architecture,
-        layout,
-        train.batch,
-        train.micro_batch,
-        config.data.sequence,
-        train.activation_checkpointing,
-        pruning=prune is not None,
-        compact=prune.compact if prune else True,
-    )
+    job = Job.of(config, architecture, layout)
     return Stage(title, job, train.steps, target, prune.warmup_steps / train.steps if prune else 0.0)
-
-
-def memory(config: RunConfig, architecture: Architecture, layout: Layout) -> str:
-    """The lines of `show` about the peak of a step on GPUs."""
-    found = peak(stage("", config, architecture, layout).job)
-    parts = [(name, size) for name, size in found.parts.items() if size >= 0.005 * found.total]
-    return (
-        f"memory   {found.total / GB:,.3g} GB per GPU at its peak, when {found.moment}:\n         "
-        + ", ".join(f"{name} {size / GB:.3g}" for name, size in parts)
-        + "\n         (`shear-tron plan` adds time, traffic and other layouts)"
-    )
 
 
 def second_stage(first: Stage, tokens: float) -> Stage:

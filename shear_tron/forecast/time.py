@@ -14,7 +14,6 @@ from shear_kernels import roofline
 from shear_tron.forecast.devices import Device
 from shear_tron.forecast.job import Job
 from shear_tron.model.flops import flops
-from shear_tron.parallel.tensor import shape_of_part
 from shear_tron.params import count
 from shear_tron.shape import Shape
 
@@ -98,7 +97,7 @@ def _compute(job: Job, run: Job, device: Device) -> dict[str, float]:
     """Seconds of a microbatch on one rank, the slowest pipeline stage's share."""
     layout, n = job.layout, job.tokens
     kept = run.architecture.shape
-    part = shape_of_part(kept, layout.tp)
+    part = job.part(kept)
     layers = -(-kept.layers // layout.pp)
     heads = part.heads * part.head_dim
     pair = 2.0 * n * job.time * heads * layers  # two products of forward attention, causal half

@@ -72,6 +72,8 @@ def prepare(arguments: argparse.Namespace) -> None:
         print(document(config), flush=True)
         run(config)
     print(stats(config.output, arguments.stats or None))
+    if arguments.stats == "":
+        print(f"for a picture too: shear-tron stats {config.output} stats.png")
 
 
 def init(arguments: argparse.Namespace) -> None:

@@ -5,14 +5,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 VERBS = {
     "prepare": "tokenise domains of text into shards",
+    "init": "write a commented config for your model and text",
     "stats": "how much there is of each prepared domain",
     "config": "every key of a configuration explained",
+    "plan": "will it fit, how long, in which layout",
     "show": "dry run: counts, what ranks hold, whether all fits",
     "train": "prune (given a `prune` section) or pre-train",
-    "extract": "write a pruning run's dense model: Hugging Face, nanotron, GGUF",
-    "export": "write a training run's model: Hugging Face, nanotron, GGUF",
+    "extract": "write a pruning run's dense model, in a format of choice",
+    "export": "write a training run's model, in a format of choice",
     "import": "a Hugging Face folder of nanotron's or LLM-Shearing's",
-    "verify": "whether a folder of data, a run or a model is what was written",
+    "verify": "whether data, a run or a model is what was written",
     "report": "what runs did, as one HTML page; also while they run",
     "eval": "losses of models on held-out data, side by side",
     "generate": "let a model go on with a text",
@@ -59,6 +61,22 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("key", nargs="?", default="", metavar="section.key", help="default: all")
         sub.add_argument("--explain", action="store_true", help="accepted and implied")
         sub.add_argument("--markdown", action="store_true", help="the whole reference, as docs/config.md has it")
+    if verb == "plan":
+        sub.add_argument("given", nargs="*", metavar="CONFIG", help="of one run or of both stages; and overrides")
+        sub.add_argument("--gpus", type=int, default=8)
+        sub.add_argument("--gpu", default="h100", help="a line of the table of devices")
+        sub.add_argument("--gpus-per-node", type=int, default=None)
+        sub.add_argument("--devices", default=None, help="your table; default: shear_tron/forecast/devices.yaml")
+        sub.add_argument("--model", default=None, help="without a config: a Hugging Face folder or a known name")
+        sub.add_argument("--parameters", default=None, help="without a config: size of the target, such as 1.3B")
+        sub.add_argument("--tokens", default="50B", help="of stage 2, where it has no config")
+    if verb == "init":
+        sub.add_argument("model", help="Hugging Face folder")
+        sub.add_argument("--target", required=True, help="parameters to shear to, such as 3B")
+        sub.add_argument("--data", required=True, help="folder made by prepare, or of text: one domain per subfolder")
+        sub.add_argument("--tokens", default="0.4B", help="to prune with; the paper's 0.4B by default")
+        sub.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks that must divide the target")
+        sub.add_argument("--output", default=".", metavar="DIR", help="for prune.yaml, and prepare.yaml for text")
     if verb == "train":
         sub.add_argument("--nproc", type=int, default=None, help="ranks to start on this machine; torchrun for more")
         sub.add_argument("--strict", action="store_true", help="exit with 3 where masks do not reach the target")
@@ -72,6 +90,7 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--png", default=None, metavar="DIR", help="write the figures as PNG and SVG too")
     if verb == "show":
         sub.add_argument("--world", type=int, default=None, help="ranks to plan for; default: the fewest that fit")
+        sub.add_argument("--after", default=None, metavar="CONFIG", help="of the pruning run that makes this model")
     if verb == "prepare":
         sub.add_argument("--stats", nargs="?", const="", metavar="PNG", help="like `stats` of its output")
     if verb == "stats":

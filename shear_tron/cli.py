@@ -72,6 +72,14 @@ def prepare(arguments: argparse.Namespace) -> None:
         print(document(config), flush=True)
         run(config)
     print(stats(config.output, arguments.stats or None))
+    if arguments.stats == "":
+        print(f"for a picture too: shear-tron stats {config.output} stats.png")
+
+
+def init(arguments: argparse.Namespace) -> None:
+    from shear_tron.forecast.init import init
+
+    print(init(arguments))
 
 
 def stats(arguments: argparse.Namespace) -> None:
@@ -125,6 +133,12 @@ def _train(path: str, overrides: list[str], allowed: tuple[str, ...], command: l
     return session(planned, opened, device, compute, changed, command, strict)
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    from shear_tron.forecast.command import plan as text
+
+    print(text(arguments))
+
+
 def extract(arguments: argparse.Namespace) -> None:
     from shear_tron.train.outputs import extract as run
 
@@ -163,10 +177,15 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     from shear_tron.config import load
+    from shear_tron.forecast.job import Job
+    from shear_tron.forecast.memory import peak, told
     from shear_tron.train.config import RunConfig
     from shear_tron.train.show import show as text
 
-    print(text(load(RunConfig, arguments.config, arguments.overrides), arguments.world))
+    before = load(RunConfig, arguments.after) if arguments.after else None
+    planned, shown = text(load(RunConfig, arguments.config, arguments.overrides), arguments.world, before)
+    print(shown)
+    print(told(peak(Job.of(planned.config, planned.architecture, planned.layout))))
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ Several machines, a rendezvous, restarts: that is torchrun's job, and ``shear-tr
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -26,7 +27,9 @@ def launch(count: int, device: torch.device, function: Callable[..., int], *argu
     """
     if device.type == "cuda" and count > torch.cuda.device_count():
         raise ValueError(f"--nproc={count} ranks want a GPU each, and there are {torch.cuda.device_count()}; use fewer")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     settings: dict[str, Any] = {"shutdown_timeout": SAVING}
     known = {field.name for field in fields(LaunchConfig)}  # torch 2.11 had no such setting
     config = LaunchConfig(
@@ -49,7 +52,9 @@ def launch(count: int, device: torch.device, function: Callable[..., int], *argu
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message, trace = _told(failure)
-        failed = RuntimeError(f"rank {rank} failed: {message}")
+        if not message and failure.exitcode > 0:  # it said itself why
+            return int(failure.exitcode)
+        failed = RuntimeError(f"rank {rank} failed: {message or f'exit status {failure.exitcode}'}")
         failed.add_note(trace)
         raise failed from None
     except SignalException as asked:  # the ranks have it too, and ended in their own good order
@@ -60,7 +65,10 @@ def launch(count: int, device: torch.device, function: Callable[..., int], *argu
 
 def _rank(count: int, function: Callable[..., int], arguments: tuple[Any, ...]) -> int:
     torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // count)))
-    return function(*arguments)
+    status = function(*arguments)
+    if status:  # returning it would wait for the agent, which may be waiting for this process to end
+        sys.exit(status)
+    return status
 
 
 def _told(failure: ProcessFailure) -> tuple[str, str]:
@@ -69,4 +77,4 @@ def _told(failure: ProcessFailure) -> tuple[str, str]:
     if not isinstance(told, dict):
         return str(told), ""
     trace = told.get("extraInfo", {}).get("py_callstack", "")
-    return str(told.get("message") or f"exit status {failure.exitcode}"), trace
+    return str(told.get("message") or ""), trace

@@ -50,9 +50,12 @@ class Inputs:
     teacher: Weights | None = None  # to learn from
 
 
-def plan(config: RunConfig, world: int) -> Plan:
-    """Check sizes against each other. Reads no more than the model's config.json. Raises ValueError in one line."""
-    architecture = config.source(read_architecture(config.model))
+def plan(config: RunConfig, world: int, architecture: Architecture | None = None) -> Plan:
+    """Check sizes against each other. Reads no more than the model's config.json. Raises ValueError in one line.
+
+    architecture: of a model that is yet to be made; default: that of ``config.model``.
+    """
+    architecture = config.source(architecture or read_architecture(config.model))
     target = None
     if config.prune is None and not config.train.steps:
         raise ConfigError("train.steps=0 is for choosing units with a `prune` section; use 1 or more steps")
@@ -91,11 +94,8 @@ def inputs(plan: Plan) -> Inputs:
     if config.prune and config.prune.rotate:
         weights = Turned(weights, read_architecture(config.model))
     manifest = Manifest.read(config.data.folder, tokenizer=config.model, vocab=shape.vocab)
-    mixture = _mixture(config.data.weights, manifest)
+    mixture = mixture_of(config, manifest)
     names, proportions = tuple(mixture), tuple(mixture.values())
-    manifest.require(names)
-    for name in names:
-        _require_held_out(manifest, name, config.data.sequence)
     references = _references(config.data.reference_losses)
     if references is not None:
         Mixture(names, proportions, references, config.data.mixture)
@@ -129,6 +129,15 @@ def _require_teacher(config: RunConfig, student: Architecture, world: int) -> No
         Layout.plan(config.parallel, teacher.shape, world)
     except ValueError as error:
         raise ConfigError(f"distill.teacher={config.distill.teacher}: {error}") from None
+
+
+def mixture_of(config: RunConfig, manifest: Manifest) -> dict[str, float]:
+    """Starting weights by domain, of domains that can be trained on and evaluated. Raises ValueError in one line."""
+    mixture = _mixture(config.data.weights, manifest)
+    manifest.require(tuple(mixture))
+    for name in mixture:
+        _require_held_out(manifest, name, config.data.sequence)
+    return mixture
 
 
 def _mixture(given: dict[str, float] | str, manifest: Manifest) -> dict[str, float]:

@@ -1,28 +1,46 @@
-"""What a run would be: shapes, counts, and what each rank holds. Reads the config and the model's config.json only."""
+"""What a run would be: shapes, counts, what each rank holds, what the data has. Opens no weights and no shards."""
 
 from math import prod
+from pathlib import Path
 from typing import get_args
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.gguf import without_k_quants
+from shear_tron.checkpoint.huggingface_config import read_architecture
 from shear_tron.checkpoint.nanotron_config import Flavour, require
+from shear_tron.config import ConfigError
+from shear_tron.data.manifest import Manifest
 from shear_tron.params import count, params
+from shear_tron.pruning.gates import LIMIT
 from shear_tron.train.config import RunConfig
-from shear_tron.train.plan import Plan, plan
+from shear_tron.train.plan import Plan, mixture_of, plan
+from shear_tron.train.schedule import learning_rate_factor
 
 # float32 weight, gradient and two moments of Adam
 BYTES_PER_PARAMETER = 16
 
 
-def show(config: RunConfig, world: int | None = None) -> str:
-    """The dry run of ``config`` on ``world`` ranks (default: the fewest that its layout can have), as text.
+def show(config: RunConfig, world: int | None = None, source: RunConfig | None = None) -> tuple[Plan, str]:
+    """The dry run of ``config`` on ``world`` ranks (default: the fewest that its layout can have), and as text.
 
+    source: the pruning run that is to make its model, if that is not there yet.
     Raises ValueError, as training would, where something does not fit.
     """
     parallel = config.parallel
-    planned = plan(config, world or parallel.pp * parallel.tp * (parallel.dp or 1))
+    architecture = None
+    if source is None and not (Path(config.model) / "config.json").exists():
+        raise ConfigError(
+            f"model={config.model} holds no config.json; if a pruning run is to make it, add --after with that run's "
+            "config"
+        )
+    if source is not None:
+        if source.prune is None:
+            raise ConfigError("--after wants the config of a pruning run; this one has no `prune` section")
+        found = source.source(read_architecture(source.model))
+        architecture = found.resized(source.prune.target.shape(found.shape))
+    planned = plan(config, world or parallel.pp * parallel.tp * (parallel.dp or 1), architecture)
     lines = [f"model    {config.model}", *_shapes(planned), *_layout(planned), *_tokens(planned)]
-    return "\n".join(lines)
+    return planned, "\n".join([*lines, *_gates(config), *_data(planned)])
 
 
 def _shapes(plan: Plan) -> list[str]:
@@ -100,6 +118,50 @@ def _tokens(plan: Plan) -> list[str]:
     batch = train.batch * data.sequence
     return [
         f"batch    {train.batch} sequences of {data.sequence} = {batch:,} tokens; {plan.microbatches} microbatches of "
-        f"{train.micro_batch} a data-parallel rank",
-        f"steps    {train.steps:,} = {train.steps * batch / 1e9:.4g} billion tokens",
+        f"{train.micro_batch} per data-parallel rank",
+        f"steps    {train.steps:,} = {_said(train.steps * batch)} tokens",
     ]
+
+
+def _said(tokens: int) -> str:
+    size, unit = next((size, unit) for size, unit in ((1e9, " billion"), (1e6, " million"), (1, "")) if tokens >= size)
+    return f"{tokens / size:.4g}{unit}" if unit else f"{tokens:,}"
+
+
+def _gates(config: RunConfig) -> list[str]:
+    """Whether gates can go from open to closed in the steps given: AdamW moves a logit by its rate at most."""
+    prune, steps, optimizer = config.prune, config.train.steps, config.optimizer
+    if prune is None or prune.method != "hard_concrete":
+        return []
+    factors = sum(
+        learning_rate_factor(step, steps, optimizer.warmup_steps, optimizer.min_learning_rate) for step in range(steps)
+    )
+    travel, needed = prune.learning_rate * factors, 2 * LIMIT
+    verdict = "enough" if travel >= 2 * needed else "hardly enough" if travel >= needed else "they will NOT close"
+    lines = [f"gates    a logit can move {travel:.1f} in {steps:,} steps, {needed:.1f} closes an open gate: {verdict}"]
+    if travel < 2 * needed:
+        rate = 2 * needed / factors
+        lines.append(f"         use more steps, or prune.learning_rate={rate:.2g}: multipliers need time to grow too")
+    return lines
+
+
+def _data(plan: Plan) -> list[str]:
+    """What each domain has, next to what the run will ask of it."""
+    config, data = plan.config, plan.config.data
+    if not Path(data.folder).exists():
+        return [f"data     {data.folder} is not there yet: not checked"]
+    model = config.model if Path(config.model).exists() else None
+    manifest = Manifest.read(data.folder, tokenizer=model, vocab=plan.architecture.shape.vocab)
+    mixture = mixture_of(config, manifest)
+    total, tokens = sum(mixture.values()), config.train.steps * config.train.batch * data.sequence
+    lines = [f"data     {data.folder}: made with this model's tokenizer" if model else f"data     {data.folder}"]
+    for name, weight in mixture.items():
+        has, held_out = manifest.domain(name).tokens(), manifest.domain(name).tokens("held_out") // data.sequence
+        epochs = tokens * weight / total / has
+        note = "" if epochs <= 4 else ", more than the 4 that cost little"
+        few = "" if held_out >= data.evaluate_windows else f" (fewer than evaluate_windows={data.evaluate_windows})"
+        lines.append(
+            f"         {name}: {has:,} tokens, {epochs:.3g} epochs at weight {weight / total:.2g}{note}; "
+            f"{held_out} held-out windows{few}"
+        )
+    return lines

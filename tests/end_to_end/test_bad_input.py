@@ -1,5 +1,6 @@
 """Bad input is one clear line and exit status 2, before any process group starts."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,18 @@ def no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a process group was started")
 
     monkeypatch.setattr(topology, "start", start)
+
+
+def test_show_reads_the_data(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", str(world / "prune.yaml")]) == 0
+    told = capsys.readouterr().out
+    assert "made with this model's tokenizer" in told
+    assert re.search(r"colours: [\d,]+ tokens, [\d.]+ epochs at weight 0\.3\d; \d+ held-out windows\n", told)
+    assert cli.main(["show", str(world / "prune.yaml"), "data.evaluate_windows=9999", "train.steps=4000"]) == 0
+    told = capsys.readouterr().out
+    assert "held-out windows (fewer than evaluate_windows=9999)" in told
+    assert "more than the 4 that cost little" in told
+    assert "domain 'treees' is not in" in refused(capsys, "show", str(world / "prune.yaml"), "data.weights={treees: 1}")
 
 
 @pytest.mark.parametrize(("overrides", "message"), OVERRIDES.values(), ids=OVERRIDES.keys())

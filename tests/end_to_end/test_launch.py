@@ -1,8 +1,10 @@
 """`train --nproc`: ranks without torchrun, and one line where something is wrong."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,4 +44,18 @@ def test_the_rank_that_failed_first_is_named_with_its_traceback(capfd: pytest.Ca
     with pytest.raises(RuntimeError, match=r"rank 1 failed: KeyError: 'spanner'") as failed:
         launch(2, torch.device("cpu"), _one_fails)
     assert "in _one_fails" in failed.value.__notes__[0]
-    assert "Traceback" not in capfd.readouterr().err
+    assert capfd.readouterr().err == ""
+
+
+def test_a_launcher_that_is_told_to_end_tells_its_ranks(world: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shear_tron", "train", str(world / "prune.yaml"), f"run={tmp_path}/run"]
+    running = subprocess.Popen([*command, "train.steps=5000", "--nproc", "2"], stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert running.poll() is None
+        time.sleep(0.1)
+    running.terminate()
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in said
+    assert "death signal" not in said

@@ -24,7 +24,8 @@ ARROWS = {
     "report": {"config", "train"},
     "use": {"params", "data", "model", "checkpoint"},
     "arguments": set(),
-    "cli": {"arguments", "use", "config", "explain", "data", "parallel", "train", "checkpoint", "report"},
+    "forecast": {*NOUNS, "config", "data", "model", "parallel", "checkpoint", "train"},
+    "cli": {"arguments", "forecast", "use", "config", "explain", "data", "parallel", "train", "checkpoint", "report"},
     "__main__": {"cli"},
 }
 DISTRIBUTED = {"parallel", "checkpoint"}

@@ -88,6 +88,27 @@ def test_continued_examples_show(
     assert f"{count(Architecture(shape)):,}" in text
 
 
+def test_stage_two_can_be_shown_before_its_model_is_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    second, first = (f"examples/sheared-llama/{name}-1.3b.yaml" for name in ("continue", "prune"))
+    assert "1,345,423,360 parameters" in shown(capsys, second, "--after", first)
+    assert cli.main(["show", second]) == 2
+    assert "add --after with that run's config" in capsys.readouterr().err
+    assert cli.main(["show", second, "--after", second]) == 2
+    assert "has no `prune` section" in capsys.readouterr().err
+
+
+def test_gates_that_cannot_close_are_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = "examples/sheared-llama/prune-1.3b.yaml"
+    assert "closes an open gate: enough" in shown(capsys, config)
+    short = ["train.steps=10", "prune.warmup_steps=5", "optimizer.warmup_steps=0"]
+    assert "they will NOT close" in shown(capsys, config, *short)
+    assert "NOT" not in shown(capsys, config, *short, "prune.learning_rate=4")
+
+
 def test_what_ranks_hold_adds_up(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from shear_tron.config import load
     from shear_tron.train.config import RunConfig

@@ -1,0 +1,137 @@
+"""`shear-tron init`: a first configuration for a model, a size and some text, to be read and changed."""
+
+import argparse
+from pathlib import Path
+
+from shear_tron.checkpoint.huggingface import read_architecture
+from shear_tron.config import ConfigError
+from shear_tron.data.documents import format_of
+from shear_tron.data.manifest import FILE, Manifest
+from shear_tron.forecast.command import number
+from shear_tron.forecast.target import propose
+from shear_tron.params import count
+from shear_tron.train.schedule import learning_rate_factor
+
+PAPER_BATCH, PAPER_STEPS = 32 * 4096, 3200  # tokens; Table 7
+TRAVEL = 37  # what logits of gates must be able to move: four times from open to closed
+
+PREPARE = """\
+# Your text as tokens, for {model}'s tokenizer: shear-tron prepare {file}
+output: {output}
+tokenizer: {model}
+# separator: <|endoftext|>   # what closes a document: what the model was trained with; default: the tokenizer's eos
+held_out: 0.02               # share of documents for evaluation
+deduplicate: domain          # exact copies within a domain count once
+domains:                     # one for each kind of text; their mixture follows their losses
+{domains}
+"""
+
+PRUNE = """\
+# {model}, {source:,} parameters, sheared to {parameters:,}. Every key: shear-tron config, or docs/config.md.
+# Check it:  shear-tron show {file}
+# Plan it:   shear-tron plan {file} --gpus 8 --gpu h100
+# Run it:    shear-tron train {file} --nproc 2
+run: runs/{name}
+model: {model}
+
+data:
+  folder: {data}
+  sequence: {sequence}       # tokens of a training window; the model can {context}
+  reference_losses: source   # aim for the source's own loss in every domain, measured before the first step
+  update_every: {update}     # steps between updates of the mixture
+  evaluate_windows: {windows}
+
+prune:
+  target: {{{target}}}
+  warmup_steps: {warmup}     # the sparsity grows to the target over these
+  learning_rate: {gates:.2g} # of the gates: 1.0 in the paper, more where there are few steps
+
+train:
+  steps: {steps}             # {tokens:.3g} tokens; the paper prunes with 0.4 billion
+  batch: {batch}             # sequences of a step, all ranks' together
+  micro_batch: 1             # sequences a rank runs at a time; larger is faster while memory lasts
+  activation_checkpointing: none   # selective or full where memory is short
+
+optimizer:
+  learning_rate: 1e-4        # the paper's
+  warmup_steps: {rate_warmup}
+
+checkpoint:
+  every: {every}             # steps; a stopped run goes on from the newest
+
+parallel:
+  tp: {tp}
+"""
+
+
+def init(arguments: argparse.Namespace) -> str:
+    """Write ``prune.yaml`` (and ``prepare.yaml`` where the data is text). Returns what to do next.
+
+    Raises ValueError for a model that cannot be sheared so, data that is not there, or files that are.
+    """
+    model, folder = read_architecture(arguments.model), Path(arguments.output)
+    files = {"prune": folder / "prune.yaml", "prepare": folder / "prepare.yaml"}
+    data, written = Path(arguments.data), {}
+    if not data.is_dir():
+        raise ConfigError(f"--data={data} is not a folder; give one made by `shear-tron prepare`, or one of text")
+    prepared = (data / FILE).exists()
+    tokens, held_out = number(arguments.tokens), None
+    target = propose(model, number(arguments.target), arguments.tp)[0]
+    if prepared:
+        manifest = Manifest.read(str(data), tokenizer=arguments.model, vocab=model.shape.vocab)
+        held_out = min(domain.tokens("held_out") for domain in manifest.domains.values())
+    else:
+        output = folder / "data"
+        written[files["prepare"]] = PREPARE.format(
+            model=arguments.model, file=files["prepare"], output=output, domains=_domains(data)
+        )
+        data = output
+    sequence = min(model.context, 4096 if tokens >= 1e8 else 512)
+    while held_out is not None and held_out <= 4 * sequence and sequence > 64:  # a few windows must be held out
+        sequence //= 2
+    batch = max(4, int(min(PAPER_BATCH, tokens / 400) / sequence) // 4 * 4)
+    steps = min(PAPER_STEPS, max(40, round(tokens / batch / sequence)))
+    travel = sum(learning_rate_factor(step, steps, steps // 10, 0.1) for step in range(steps))
+    given = {n: getattr(target, n) for n in ("hidden", "layers", "heads", "kv_heads", "ffn")}
+    written[files["prune"]] = PRUNE.format(
+        model=arguments.model,
+        source=count(model),
+        parameters=count(model.resized(target)),
+        file=files["prune"],
+        name=f"{Path(arguments.model).name}-to-{arguments.target}",
+        data=data,
+        sequence=sequence,
+        context=model.context,
+        update=max(5, steps // 64),
+        windows=32 if tokens >= 1e8 else 8,
+        target=", ".join(f"{n}: {size}" for n, size in given.items() if size != getattr(model.shape, n)),
+        warmup=max(1, steps // 5),
+        gates=max(1.0, TRAVEL / travel),
+        steps=steps,
+        tokens=float(steps * batch * sequence),
+        batch=batch,
+        rate_warmup=steps // 10,
+        every=max(10, steps // 8),
+        tp=arguments.tp,
+    )
+    for file in written:
+        if file.exists():
+            raise ConfigError(f"{file} exists; give another --output, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, content in written.items():
+        file.write_text(content)
+    first = [] if prepared else [f"shear-tron prepare {files['prepare']}"]
+    steps_next = [*first, f"shear-tron show {files['prune']}", f"shear-tron train {files['prune']} --nproc 2"]
+    return f"wrote {' and '.join(map(str, written))}; next:\n" + "\n".join(f"  {line}" for line in steps_next)
+
+
+def _domains(folder: Path) -> str:
+    """A domain for each subfolder or file of text."""
+    names: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        readable = path.is_dir() and any(format_of(str(inner)) for inner in path.rglob("*"))
+        if not path.name.startswith((".", "_")) and (readable or (path.is_file() and format_of(path.name))):
+            names.setdefault(path.name.split(".")[0], path)
+    if not names:
+        raise ConfigError(f"--data={folder} holds no domains.json and no text; it needs jsonl, parquet or txt files")
+    return "\n".join(f"  {name}: {{path: {path}}}" for name, path in names.items())

@@ -1,0 +1,52 @@
+"""Three commands from a model and a folder of text to a running pruning: init, prepare, train."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shear_tron import cli
+from shear_tron.architecture import Architecture
+from shear_tron.checkpoint.huggingface import read_architecture
+from shear_tron.config import load
+from shear_tron.params import count
+from shear_tron.train.config import RunConfig
+
+
+def sheared(model: Path, config: RunConfig) -> Architecture:
+    source = read_architecture(model)
+    assert config.prune
+    return source.resized(config.prune.target.shape(source.shape))
+
+
+def test_from_text_to_a_pruned_model(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["init", str(world / "model"), "--data", str(world / "text"), "--tokens", "8000", "--target", "70000"]
+    assert cli.main(given) == 0
+    assert "shear-tron prepare prepare.yaml" in capsys.readouterr().out
+    prepared = yaml.safe_load(Path("prepare.yaml").read_text())
+    assert set(prepared["domains"]) == {"colours", "numbers", "trees"}
+    assert cli.main(["prepare", "prepare.yaml", "workers=1", "held_out=0.1"]) == 0
+    assert cli.main(["show", "prune.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "made with this model's tokenizer" in shown
+    assert "closes an open gate: enough" in shown
+    assert count(sheared(world / "model", load(RunConfig, "prune.yaml"))) == pytest.approx(70000, rel=0.03)
+    assert cli.main(["train", "prune.yaml", "train.steps=9"]) == 0
+    assert cli.main(given) == 2
+    assert "prepare.yaml exists" in capsys.readouterr().err
+
+
+def test_on_prepared_data(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["init", str(world / "model"), "--data", str(world / "data"), "--tokens", "8k", "--target", "70000"]
+    assert cli.main([*given, "--output", str(tmp_path)]) == 2
+    assert "'8k' is not a number" in capsys.readouterr().err
+    given[5] = "8000"
+    assert cli.main([*given, "--output", str(tmp_path)]) == 0
+    assert "shear-tron prepare" not in capsys.readouterr().out
+    assert cli.main(["show", str(tmp_path / "prune.yaml")]) == 0
+    given[3] = str(tmp_path / "nowhere")
+    assert cli.main([*given, "--output", str(tmp_path)]) == 2
+    assert "is not a folder" in capsys.readouterr().err

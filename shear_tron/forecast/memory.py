@@ -9,10 +9,11 @@ gathers; an allocator's fragments are not.
 
 from dataclasses import dataclass
 
+from shear_kernels.cross_entropy import CHUNK_LOGITS
+
 from shear_tron.forecast.job import Job
 
 WIDE = 4  # bytes of a master weight, a gradient, a moment
-CHUNK = 1024  # tokens whose logits exist at once (shear_kernels.vocab_cross_entropy)
 WHOLE = 15 / 16  # share of a weight above which compact steps copy nothing (shear_tron.train.pruner)
 
 
@@ -133,11 +134,12 @@ def _layer_backward(job: Job) -> int:
 
 
 def _loss(job: Job) -> int:
-    """The loss's backward: logits of a chunk and of the one before, the head's gradient and a chunk's share of it, the
-    gradient of the loss's input."""
+    """The loss's backward: logits of a chunk, the softmax that the forward left (or the chunk before, where it left
+    none), the head's gradient and a chunk's share of it, the gradient of the loss's input."""
     shape, e = job.architecture.shape, job.compute_bytes
-    vocab, chunk = shape.vocab // job.layout.tp, min(job.tokens, CHUNK)
-    logits = WIDE * chunk + e * (chunk if e < WIDE else min(job.tokens - chunk, CHUNK))
+    vocab = shape.vocab // job.layout.tp
+    chunk = min(job.tokens, max(1, CHUNK_LOGITS // vocab))
+    logits = WIDE * chunk + e * (job.tokens if job.keeps_softmax else min(job.tokens - chunk, chunk))
     return vocab * (logits + 2 * WIDE * shape.hidden) + e * job.tokens * shape.hidden
 
 

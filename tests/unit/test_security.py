@@ -23,7 +23,8 @@ def test_no_loader_of_pickles_is_called() -> None:
     for file in [*(ROOT / "shear_tron").rglob("*.py"), *(ROOT / "kernels" / "shear_kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] != ["UnpicklingError"]:
+                names.append(node.module or "")  # the error that torch.load raises is no loader
             wrong += [f"{file}: {name}" for name in names if name.split(".")[0] in LOADERS]
             if not isinstance(node, ast.Call):
                 continue

@@ -9,10 +9,11 @@ gathers; an allocator's fragments are not.
 
 from dataclasses import dataclass
 
+from shear_kernels.cross_entropy import CHUNK_LOGITS, KEPT_BYTES
+
 from shear_tron.forecast.job import Job
 
 WIDE = 4  # bytes of a master weight, a gradient, a moment
-CHUNK = 1024  # tokens whose logits exist at once (shear_kernels.vocab_cross_entropy)
 WHOLE = 15 / 16  # share of a weight above which compact steps copy nothing (shear_tron.train.pruner)
 
 
@@ -133,12 +134,19 @@ def _layer_backward(job: Job) -> int:
 
 
 def _loss(job: Job) -> int:
-    """The loss's backward: logits of a chunk and of the one before, the head's gradient and a chunk's share of it, the
-    gradient of the loss's input."""
+    """The loss at its most: what it keeps of the logits, and a chunk of them, or the head's gradient, a chunk's share
+    of it and the gradient of the loss's input."""
     shape, e = job.architecture.shape, job.compute_bytes
-    vocab, chunk = shape.vocab // job.layout.tp, min(job.tokens, CHUNK)
-    logits = WIDE * chunk + e * (chunk if e < WIDE else min(job.tokens - chunk, CHUNK))
-    return vocab * (logits + 2 * WIDE * shape.hidden) + e * job.tokens * shape.hidden
+    vocab = shape.vocab // job.layout.tp
+    chunk = WIDE * vocab * min(job.tokens, max(1, CHUNK_LOGITS // vocab))
+    gradients = 2 * WIDE * vocab * shape.hidden + 2 * e * job.tokens * shape.hidden
+    kept = e * job.tokens * vocab
+    return kept + max(chunk, gradients) if keeps_logits(job) else chunk + gradients
+
+
+def keeps_logits(job: Job) -> bool:
+    """Whether the loss keeps what its backward would have to compute again."""
+    return job.compute_bytes * job.tokens * (job.architecture.shape.vocab // job.layout.tp) <= KEPT_BYTES
 
 
 def _copies(job: Job) -> int:

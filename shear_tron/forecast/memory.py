@@ -141,7 +141,9 @@ def _loss(job: Job) -> int:
     chunk = WIDE * vocab * min(job.tokens, max(1, CHUNK_LOGITS // vocab))
     gradients = 2 * WIDE * vocab * shape.hidden + 2 * e * job.tokens * shape.hidden
     kept = e * job.tokens * vocab
-    return kept + max(chunk, gradients) if keeps_logits(job) else chunk + gradients
+    if not keeps_logits(job):
+        return chunk + gradients
+    return kept + max(gradients, 0 if e == WIDE else chunk)  # in float32 the chunk itself is what is kept
 
 
 def keeps_logits(job: Job) -> bool:

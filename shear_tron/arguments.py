@@ -34,12 +34,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb and its arguments. Exits with a usage line where they are wrong."""
     parser = argparse.ArgumentParser(
         prog="shear-tron",
-        usage="shear-tron VERB ...",
+        usage="shear-tron VERB ... | --version | --help",
         description="Shear a large language model down to a shape you choose.",
         epilog=EXAMPLE,
+        add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=20),
     )
-    parser.add_argument("--version", action="version", version=f"shear-tron {_version()}")
+    hidden = argparse.SUPPRESS  # the usage names them
+    parser.add_argument("-h", "--help", action="help", help=hidden)
+    parser.add_argument("--version", action="version", version=f"shear-tron {_version()}", help=hidden)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="", title="verbs (VERB --help tells more)")
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")

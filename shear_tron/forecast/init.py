@@ -86,7 +86,7 @@ def init(arguments: argparse.Namespace) -> str:
             model=arguments.model, file=files["prepare"], output=output, domains=_domains(data)
         )
         data = output
-    sequence = min(model.context, 4096 if tokens >= 1e8 else 512)
+    sequence = min(model.context, 4096 if tokens >= 1e8 else 512 if tokens >= 1e6 else 128)
     while held_out is not None and held_out <= 4 * sequence and sequence > 64:  # a few windows must be held out
         sequence //= 2
     batch = max(4, int(min(PAPER_BATCH, tokens / 400) / sequence) // 4 * 4)

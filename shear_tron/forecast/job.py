@@ -5,8 +5,6 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
-from shear_kernels.cross_entropy import KEPT_BYTES
-
 from shear_tron.architecture import Architecture
 from shear_tron.parallel.topology import Layout
 from shear_tron.params import params
@@ -58,12 +56,6 @@ class Job:
     def streams(self) -> int:
         """Tokens of a microbatch whose residual stream this rank holds."""
         return self.tokens // (self.layout.tp if self.layout.sequence else 1)
-
-    @property
-    def keeps_softmax(self) -> bool:
-        """Whether the loss leaves its softmax for the backward instead of making its logits twice."""
-        vocab = self.architecture.shape.vocab // self.layout.tp
-        return self.tokens * vocab * self.compute_bytes <= KEPT_BYTES
 
     def part(self, shape: Shape) -> Shape:
         """What a tensor-parallel rank holds of a model of ``shape``."""

@@ -9,7 +9,7 @@ gathers; an allocator's fragments are not.
 
 from dataclasses import dataclass
 
-from shear_kernels.cross_entropy import CHUNK_LOGITS
+from shear_kernels.cross_entropy import CHUNK_LOGITS, KEPT_BYTES
 
 from shear_tron.forecast.job import Job
 
@@ -134,13 +134,21 @@ def _layer_backward(job: Job) -> int:
 
 
 def _loss(job: Job) -> int:
-    """The loss's backward: logits of a chunk, the softmax that the forward left (or the chunk before, where it left
-    none), the head's gradient and a chunk's share of it, the gradient of the loss's input."""
+    """The loss at its most: what it keeps of the logits, and a chunk of them, or the head's gradient, a chunk's share
+    of it and the gradient of the loss's input."""
     shape, e = job.architecture.shape, job.compute_bytes
     vocab = shape.vocab // job.layout.tp
-    chunk = min(job.tokens, max(1, CHUNK_LOGITS // vocab))
-    logits = WIDE * chunk + e * (job.tokens if job.keeps_softmax else min(job.tokens - chunk, chunk))
-    return vocab * (logits + 2 * WIDE * shape.hidden) + e * job.tokens * shape.hidden
+    chunk = WIDE * vocab * min(job.tokens, max(1, CHUNK_LOGITS // vocab))
+    gradients = 2 * WIDE * vocab * shape.hidden + 2 * e * job.tokens * shape.hidden
+    kept = e * job.tokens * vocab
+    if not keeps_logits(job):
+        return chunk + gradients
+    return kept + max(gradients, 0 if e == WIDE else chunk)  # in float32 the chunk itself is what is kept
+
+
+def keeps_logits(job: Job) -> bool:
+    """Whether the loss keeps what its backward would have to compute again."""
+    return job.compute_bytes * job.tokens * (job.architecture.shape.vocab // job.layout.tp) <= KEPT_BYTES
 
 
 def _copies(job: Job) -> int:

@@ -13,6 +13,7 @@ from shear_kernels import roofline
 
 from shear_tron.forecast.devices import Device
 from shear_tron.forecast.job import Job
+from shear_tron.forecast.memory import keeps_logits
 from shear_tron.model.flops import flops
 from shear_tron.params import count
 from shear_tron.shape import Shape
@@ -86,8 +87,8 @@ def computed(job: Job) -> tuple[int, int]:
     layers = range(shape.layers)
     attention = 6 * tokens * job.time * shape.heads * shape.head_dim * shape.layers
     products = flops(job.architecture, layers, True, tokens, job.time) - attention
-    if not job.keeps_softmax:
-        products += 2 * tokens * shape.vocab * shape.hidden  # the loss computes its logits again in backward
+    if not keeps_logits(job):
+        products += 2 * tokens * shape.vocab * shape.hidden
     if job.checkpointing == "full":  # all but the last product of a layer, which nobody's backward reads
         products += (flops(job.architecture, layers, False, tokens, job.time) - attention) // 3
         products -= 2 * tokens * shape.hidden * shape.ffn * shape.layers
@@ -105,7 +106,7 @@ def _compute(job: Job, run: Job, device: Device) -> dict[str, float]:
     once = flops(run.architecture.resized(part), range(layers), False, n, job.time) - 3 * pair
     again = {"full": once / 3, "selective": 0.0, "none": 0.0}[job.checkpointing]
     attention = 3.5 * pair + (0.0 if job.checkpointing == "none" else pair)
-    head = (6.0 if job.keeps_softmax else 8.0) * n * part.vocab * kept.hidden  # forward 2, backward 4, logits again 2
+    head = (6.0 if keeps_logits(job) else 8.0) * n * part.vocab * kept.hidden  # forward 2, backward 4, logits again 2
     streams, ffn = job.streams, part.ffn
     ops = [
         *roofline.masked_rms_norm(streams, kept.hidden),

@@ -60,6 +60,7 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--markdown", action="store_true", help="the whole reference, as docs/config.md has it")
     if verb == "train":
         sub.add_argument("--nproc", type=int, default=None, help="ranks to start on this machine; torchrun for more")
+        sub.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="in a run that goes on")
     if verb == "report":
         sub.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, in the order they were made")
         sub.add_argument("--output", default=None, metavar="HTML", help="default: report.html in the last run")

@@ -90,46 +90,38 @@ def train(arguments: argparse.Namespace) -> int:
     from shear_tron.config import load
     from shear_tron.parallel import topology
     from shear_tron.parallel.launch import launch
+    from shear_tron.train.claim import claim_run_folder
     from shear_tron.train.config import RunConfig
-    from shear_tron.train.plan import claim_run_folder, inputs, plan, precision
+    from shear_tron.train.plan import inputs, plan, precision
 
     config = load(RunConfig, arguments.config, arguments.overrides)
     planned = plan(config, arguments.nproc or topology.world_size())
     device, _ = precision(config)
     inputs(planned)
-    claim_run_folder(config)
+    allowed = tuple(arguments.allow_change)
+    claim_run_folder(config, allowed)
+    command = ["train", arguments.config, *arguments.overrides]
     if arguments.nproc and arguments.nproc > 1:
-        return launch(arguments.nproc, device, _train, arguments.config, arguments.overrides)
-    return _train(arguments.config, arguments.overrides)
+        command += ["--nproc", str(arguments.nproc)]
+        return launch(arguments.nproc, device, _train, arguments.config, arguments.overrides, allowed, command)
+    return _train(arguments.config, arguments.overrides, allowed, command)
 
 
-def _train(path: str, overrides: list[str]) -> int:
+def _train(path: str, overrides: list[str], allowed: tuple[str, ...], command: list[str]) -> int:
     """What one rank does. Whatever is wrong with the input was said before; from here on any one rank may fail."""
     from shear_tron.config import load
     from shear_tron.parallel import topology
-    from shear_tron.parallel.agree import AgreedError
+    from shear_tron.train.claim import claim_run_folder
     from shear_tron.train.config import RunConfig
-    from shear_tron.train.loop import Trainer
     from shear_tron.train.plan import inputs, plan, precision
+    from shear_tron.train.session import session
 
     config = load(RunConfig, path, overrides)
     planned = plan(config, topology.world_size())
     device, compute = precision(config)
-    ranks = topology.start(planned.layout, device)
-    try:
-        losses = Trainer(planned, inputs(planned), ranks, compute).fit()
-    except AgreedError as error:
-        if ranks.is_main:
-            print(f"shear-tron train: {error}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        raise RuntimeError(f"training failed: {error}") from error
-    else:
-        if ranks.is_main:
-            print(json.dumps({"run": config.run, "held_out": losses}))
-        return 0
-    finally:
-        topology.stop()
+    opened = inputs(planned)
+    changed = claim_run_folder(config, allowed)
+    return session(planned, opened, device, compute, changed, command)
 
 
 def extract(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from shear_tron.files import write_atomically
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key, the rule and the fix."""
@@ -49,7 +51,7 @@ def load(kind: type[Config], path: str | Path, overrides: list[str] | None = Non
 
 def save(config: BaseModel, path: Path) -> None:
     """Write the resolved config, every default spelled out, as YAML."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 class _Loader(yaml.SafeLoader):

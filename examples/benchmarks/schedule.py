@@ -25,9 +25,10 @@ from shear_tron.pruning.config import TargetConfig
 from shear_tron.pruning.gates import Gates
 from shear_tron.shape import Shape
 from shear_tron.train import metrics
+from shear_tron.train.claim import claim_run_folder
 from shear_tron.train.config import RunConfig
 from shear_tron.train.loop import Trainer
-from shear_tron.train.plan import claim, inputs, plan, precision
+from shear_tron.train.plan import inputs, plan, precision
 
 SOURCE = Shape(hidden=256, layers=8, heads=16, kv_heads=16, head_dim=16, ffn=704, vocab=2048)
 TARGET = {"hidden": 128, "layers": 6, "heads": 8, "kv_heads": 8, "ffn": 352}
@@ -49,7 +50,7 @@ def prune(out: Path, source: Path, balance: int) -> None:
     values["prune"] = {"target": TARGET, "warmup_steps": WARMUP, "learning_rate": 1.0, "balance": balance}
     config = load(RunConfig, write(out / f"prune{balance}.yaml", values))
     planned = plan(config, 1)
-    claim(config)
+    claim_run_folder(config)
     device, compute = precision(config)
     trainer = Trainer(planned, inputs(planned), topology.start(planned.layout, device), compute)
     assert trainer.pruner is not None

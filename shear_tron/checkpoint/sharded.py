@@ -1,36 +1,63 @@
-"""Checkpoints of a running training, written by all ranks and readable in any other layout.
+"""Checkpoints of a running training: what is in one, whether it is whole, and reading it in any layout or in none.
 
 torch.distributed.checkpoint with its safetensors storage: every file is readable by the safetensors library, and
-nothing is pickled. What is not a tensor goes to ``progress.json``. A checkpoint appears under its name only when it is
-whole.
+nothing is pickled. What is not a tensor goes to ``progress.json``, with the size and sha256 of every file. Writing is
+``shear_tron.checkpoint.checkpointer``'s.
 """
 
+import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor
 
-from shear_tron.parallel.agree import require_all
+from shear_tron.files import sha256
+from shear_tron.parallel.agree import AgreedError, require_all
 
-PROGRESS = "progress.json"
-
-
+FOLDER, PROGRESS = "checkpoints", "progress.json"
 _NAME = re.compile(r"step-[0-9]{8}")
 
 
+class File(BaseModel):
+    """A file of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid")
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class Progress(BaseModel):
+    """What ``progress.json`` holds beside its own sha256. ``state`` is the trainer's: everything but tensors."""
+
+    model_config = ConfigDict(extra="forbid")
+    step: int = Field(ge=0)
+    files: dict[Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")], File] = Field(min_length=1)
+    state: dict[str, Any]
+
+
 def path(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def is_name(name: str) -> bool:
+    """Whether a checkpoint is called so."""
+    return _NAME.fullmatch(name) is not None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def latest(run: Path) -> Path | None:
@@ -44,54 +71,54 @@ def checkpoints(run: Path) -> list[Path]:
 
     Anything else that lies there is somebody's own (``step-original``, a link, a copy) and left alone.
     """
-    folder = run / "checkpoints"
+    folder = run / FOLDER
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    found = [folder / name for name in names if _NAME.fullmatch(name)]
+    found = [folder / name for name in names if is_name(name)]
     return [path for path in found if not path.is_symlink() and (path / PROGRESS).is_file()]
 
 
-def progress(checkpoint: Path) -> dict[str, Any]:
-    """What was saved beside the tensors. ValueError where it cannot be read, or a file of the checkpoint is not whole.
+def sealed(content: Mapping[str, Any]) -> str:
+    """``progress.json``: ``content`` as JSON with its own sha256 beside."""
+    return json.dumps({**content, "sha256": _seal(content)})
+
+
+def progress(checkpoint: Path) -> Progress:
+    """What was saved beside the tensors. ValueError where it is damaged, or a file of the checkpoint has another size.
 
     A missing file must be found here: sizes of tensors are inferred from the parts that are there.
     """
     file = checkpoint / PROGRESS
     try:
-        content: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); the checkpoint is damaged, use an earlier one") from None
-    for name, size in content["files"].items():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        seal = content.pop("sha256")
+        found = Progress.model_validate(content, strict=True)
+        if seal != _seal(content):
+            raise ValueError("it does not have its sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} cannot be read ({reason}); the checkpoint is damaged, use an earlier one") from None
+    if path(Path(), found.step).name != checkpoint.name:
+        raise ValueError(f"{checkpoint} holds step {found.step}; give the folder its own name back")
+    for name, stored in found.files.items():
         part = checkpoint / name
-        found = part.stat().st_size if part.exists() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes, not {size}"
+        size = part.stat().st_size if part.exists() else None
+        if size != stored.bytes:
+            state = "is missing" if size is None else f"has {size} bytes, not {stored.bytes}"
             raise ValueError(f"{part} {state}; the checkpoint is damaged or half copied, use an earlier one")
-    return content
+    return found
 
 
-def save(run: Path, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, Any], keep: int) -> None:
-    """Write a checkpoint; call on all ranks with the same names where tensors are shared.
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    tensors: DTensors (each rank writes its part) and plain tensors (equal on all ranks that have them). Afterwards the
-    newest ``keep`` checkpoints of the run are on disk. AgreedError where a value is not finite: nothing is written.
-    """
-    require_finite(tensors, f"step {progress['step']} is not saved")
-    final = path(run, step)
-    partial = final.with_suffix(".partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    save_distributed(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
-    if dist.get_rank() == 0:
-        files = {file.name: file.stat().st_size for file in sorted(partial.glob("*.safetensors"))}
-        (partial / PROGRESS).write_text(json.dumps({**progress, "files": files}))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in checkpoints(run)[:-keep]:
-            if old != final:
-                shutil.rmtree(old)
-    dist.barrier()
+
+def verify(checkpoint: Path, first: int = 0, step: int = 1) -> None:
+    """Read files ``first``, ``first + step`` ... of a checkpoint. ValueError for one that has not its sha256."""
+    for name, stored in sorted(progress(checkpoint).files.items())[first::step]:
+        if sha256(checkpoint / name) != stored.sha256:
+            raise ValueError(
+                f"{checkpoint / name} does not have its sha256; the checkpoint is damaged, use an earlier one"
+            )
 
 
 def require_finite(tensors: Mapping[str, Tensor], consequence: str) -> None:
@@ -106,16 +133,34 @@ def require_finite(tensors: Mapping[str, Tensor], consequence: str) -> None:
 
 
 def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill ``tensors`` in place from a checkpoint of any layout; call on all ranks. ValueError if it is damaged."""
-    progress(checkpoint)
-    load_distributed(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
+    """Fill ``tensors`` in place from a checkpoint of any layout. Collective; AgreedError if it is damaged.
+
+    Ranks share the work of reading every file once to see that it is what was written.
+    """
+    problem = None
+    try:
+        verify(checkpoint, dist.get_rank(), dist.get_world_size())
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    require_all(problem)
+    read_into(tensors, checkpoint)
+
+
+def read_into(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill ``tensors`` in place from the safetensors files of a folder. Collective; AgreedError if they are damaged."""
+    try:
+        load_distributed(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+    except CheckpointException as error:  # no Exception; all ranks get it
+        reason = next(iter(error.failures.values()))[0]
+        raise AgreedError(f"{folder} cannot be loaded: {reason}") from None
 
 
 class Reader:
     """Whole tensors of a checkpoint, one at a time, in one process without ranks."""
 
     def __init__(self, checkpoint: Path) -> None:
-        progress(checkpoint)
+        """Every file is read once, to see that it is what was written. ValueError if not."""
+        verify(checkpoint)
         try:
             metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata()
         except Exception as error:  # safetensors' own error is a bare Exception type

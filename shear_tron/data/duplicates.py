@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shear_tron.data.manifest import sha256
 from shear_tron.data.shards import WORK, Sign, Task, save_atomically
+from shear_tron.files import sha256
 
 BUCKET = 50_000_000  # fingerprints sorted at a time: about 2 GB
 

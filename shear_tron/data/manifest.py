@@ -1,7 +1,6 @@
 """``domains.json``: what a prepared folder holds, and whether it is whole."""
 
 import difflib
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shear_tron.data.tokenizer import fingerprint
+from shear_tron.files import sha256, write_atomically
 
 FILE = "domains.json"
 FORMAT = 1
@@ -151,18 +151,3 @@ class Manifest:
         """Raise ValueError unless every domain is there and has tokens to train on."""
         for name in names:
             self.domain(name)
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace ``file`` by ``text``, on disk before the name changes."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(draft, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(draft, file)

@@ -31,12 +31,24 @@ class Windows:
 
     def __init__(self, manifest: Manifest, shards: Sequence[Shard], sequence: int):
         self.stream = Stream(manifest.folder, shards, manifest.token_bytes)
-        self.sequence = sequence
+        self.sequence, self.vocab = sequence, manifest.vocab
         self.count = max(0, self.stream.tokens - 1) // sequence
 
     def read_into(self, out: npt.NDArray[np.unsignedinteger], rows: Integers, windows: Integers) -> None:
-        """``out[row] = window`` for each pair. ``out`` is [_, sequence + 1]."""
-        self.stream.read_into(out, rows, windows * self.sequence)
+        """``out[row] = window`` for each pair. ``out`` is [_, sequence + 1].
+
+        Raises ValueError for a token that is no id of the vocabulary: every rank would make something else of it.
+        """
+        starts = windows * self.sequence
+        self.stream.read_into(out, rows, starts)
+        largest = out[rows].max(axis=1)
+        worst = int(largest.argmax())
+        if largest[worst] >= self.vocab:
+            file = self.stream.file_of(int(starts[worst]) + int(out[rows[worst]].argmax()))
+            raise ValueError(
+                f"shard {file} holds token {largest[worst]}, outside the vocabulary of {self.vocab} ids; it is "
+                "damaged: delete it and run `shear-tron prepare` again"
+            )
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from datatrove.pipeline.tokens.tokenizer import TokenizedFile
 
 from shear_tron.data import documents
 from shear_tron.data.documents import DAMAGED, Fields, Format, Piece
-from shear_tron.data.manifest import Shard, sha256, write_atomically
+from shear_tron.data.manifest import Shard
 from shear_tron.data.tokenizer import load
+from shear_tron.files import sha256, write_atomically
 
 WORK = ".prepare"  # receipts and unfinished files, inside the output folder
 BATCH = 1000  # documents tokenised at a time

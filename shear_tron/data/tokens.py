@@ -46,6 +46,10 @@ class Stream:
                 self._read_shard(shard, start + filled, out[row, filled : filled + part])
                 filled, shard = filled + part, shard + 1
 
+    def file_of(self, token: int) -> str:
+        """The shard that holds token number ``token``."""
+        return self._files[int(np.searchsorted(self._ends, token, side="right"))]
+
     def _read_shard(self, shard: int, start: int, out: npt.NDArray[np.unsignedinteger]) -> None:
         first = int(self._ends[shard - 1]) if shard else 0
         with self._lock:  # held while reading, so that no other thread closes the descriptor

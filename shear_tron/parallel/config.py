@@ -17,6 +17,7 @@ class ParallelConfig(Section):
     stages: PositiveInt | None = None  # pipeline stages per rank; default 1 for 1f1b, 2 for interleaved
     dp: PositiveInt | None = None  # data-parallel ranks; default: what is left of the world
     shard: PositiveInt | None = None  # data-parallel ranks that share one copy of the weights (FSDP); default dp
+    timeout: PositiveInt = 600  # seconds that ranks wait for one that does not answer
 
     @property
     def stages_per_rank(self) -> int:

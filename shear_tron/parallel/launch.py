@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -51,6 +52,8 @@ def launch(count: int, device: torch.device, function: Callable[..., int], *argu
         failed = RuntimeError(f"rank {rank} failed: {message}")
         failed.add_note(trace)
         raise failed from None
+    except SignalException as asked:  # the ranks have it too, and ended in their own good order
+        return 128 + int(asked.sigval)
     finally:
         signal.signal(signal.SIGINT, before)
 

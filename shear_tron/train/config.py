@@ -67,8 +67,11 @@ class DistillConfig(Section):
 class CheckpointConfig(Section):
     """When to save, and how much to keep."""
 
-    every: int = Field(default=0, ge=0)  # steps; 0: only at the end
+    every: int = Field(default=0, ge=0)  # steps; 0: by the clock only
+    minutes: float = Field(default=30, ge=0)  # since the last one; 0: by steps only
     keep: PositiveInt = 2  # the newest that stay on disk
+    keep_every: int = Field(default=0, ge=0)  # and those of steps that are multiples of it; 0: none
+    background: bool = False  # train on while writing, from a copy in the host's memory
 
 
 class LogConfig(Section):

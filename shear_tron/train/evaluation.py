@@ -10,8 +10,9 @@ from torch import Tensor
 from shear_tron.data.config import DataConfig
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.sampler import held_out
-from shear_tron.model.context import Context
+from shear_tron.model.context import DENSE, Context
 from shear_tron.parallel import sync
+from shear_tron.parallel.agree import AgreedError
 from shear_tron.parallel.pipeline import Engine
 from shear_tron.parallel.topology import Topology
 
@@ -84,6 +85,15 @@ class HeldOut:
         return DomainLosses.of(
             found[real.to(found.device)], self.domains[rows[real]], self.names, self.topology
         ).by_domain()
+
+    def losses_of_source(self, model: str) -> dict[str, float]:
+        """The losses of the dense model before any step. AgreedError where one is no number."""
+        losses = self.losses(DENSE)
+        if broken := not_finite(losses):
+            raise AgreedError(
+                f"the loss of {model} on {', '.join(broken)} is {losses[broken[0]]}; the model or the data is damaged"
+            )
+        return losses
 
     def rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and labels of windows, which begin again after the last: batches are always full."""

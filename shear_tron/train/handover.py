@@ -92,9 +92,9 @@ def _write_samples(folder: Path, tokenizer: Path, run: RunFolder, samples: int) 
     """datatrove's format: ids, ends of documents (here: of samples), and the tokenizer's place."""
     manifest = Manifest.read(str(run.data))
     progress = sharded.progress(run.checkpoint)
-    weights: dict[str, float] = progress["mixture"]["weights"]
+    weights: dict[str, float] = progress.state["mixture"]["weights"]
     sampler = Sampler(manifest, tuple(weights), run.config.data.sequence, run.config.train.seed)
-    sampler.restore(progress["sampler"])
+    sampler.restore(progress.state["sampler"])
     folder.mkdir(parents=True)
     length = run.config.data.sequence + 1
     with open(folder / "00000.ds", "wb") as file:

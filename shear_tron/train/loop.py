@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +11,32 @@ import torch
 from torch import Tensor
 
 from shear_tron.checkpoint import sharded
-from shear_tron.config import save as save_config
+from shear_tron.checkpoint.checkpointer import Checkpointer
 from shear_tron.data.mixture import Mixture
 from shear_tron.data.sampler import Batches, Sampler
 from shear_tron.data.tokens import document_ends
-from shear_tron.model.context import DENSE, Context
+from shear_tron.files import write_atomically
+from shear_tron.model.context import DENSE
 from shear_tron.model.flops import flops
 from shear_tron.parallel import sync
-from shear_tron.parallel.agree import AgreedError
+from shear_tron.parallel.agree import first_text, highest
 from shear_tron.parallel.data import shard
 from shear_tron.parallel.pipeline import Engine, build_stages
 from shear_tron.parallel.topology import Topology
-from shear_tron.pruning.rotate import Turned
 from shear_tron.pruning.snapshot import snapshot
-from shear_tron.train.evaluation import DomainLosses, HeldOut, not_finite
+from shear_tron.train.begin import begin_pruning
+from shear_tron.train.claim import claimed, record_config
+from shear_tron.train.evaluation import DomainLosses, HeldOut
 from shear_tron.train.facts import facts, peak_memory
 from shear_tron.train.health import Health
-from shear_tron.train.metrics import GATES, LOG, REFERENCES, Log
+from shear_tron.train.metrics import GATES, LOG, REFERENCES, Log, listed
 from shear_tron.train.moments import go_on_with
 from shear_tron.train.optimizer import adamw, moments, set_updates, start_moments
 from shear_tron.train.plan import Inputs, Plan
 from shear_tron.train.pruner import Pruner
-from shear_tron.train.rotation import rotate
-from shear_tron.train.run_folder import CONFIG
 from shear_tron.train.schedule import rate_factor
 from shear_tron.train.speed import StepCost
+from shear_tron.train.stopping import Signals, Stopped
 from shear_tron.train.teacher import Teacher, readout_of, teacher_precision
 from shear_tron.train.viewers import viewers
 
@@ -43,7 +46,17 @@ SNAPSHOTS = 64  # of the gates in a run, about
 class Trainer:
     """One run on this rank: model, optimizer, data, and masks if it prunes."""
 
-    def __init__(self, plan: Plan, inputs: Inputs, topology: Topology, compute: torch.dtype) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        topology: Topology,
+        compute: torch.dtype,
+        signals: Signals | None = None,
+        changed: Sequence[str] = (),
+    ) -> None:
+        """changed: keys of the config that were other before this run was stopped, and may be."""
+        self.signals, self.changed = signals or Signals(), changed
         self.plan, self.inputs, self.topology, self.compute = plan, inputs, topology, compute
         self.config, self.run = plan.config, Path(plan.config.run)
         train = self.config.train
@@ -70,6 +83,7 @@ class Trainer:
         self.step = 0  # batches used
         self.updates_before = 0  # of the optimizer, in the run whose moments this one goes on with
         self.health = Health(train.max_skipped)
+        self.stop_signal = self.save_is_due = 0  # of this step: what the ranks agreed on
         self.mixture: Mixture | None = None
         self.sampler = Sampler(inputs.manifest, inputs.names, self.config.data.sequence, train.seed)
         self.share = train.batch // topology.layout.dp  # sequences of a batch that this rank computes
@@ -77,15 +91,24 @@ class Trainer:
         sharded.require_finite(self._tensors(), f"{self.config.model} cannot be trained")
 
     def fit(self) -> dict[str, float]:
-        """Train to the last step, from the newest checkpoint if there is one. Returns final held-out losses."""
-        train, data, every = self.config.train, self.config.data, self.config.checkpoint.every
+        """Train to the last step, from the newest checkpoint if there is one. Returns final held-out losses.
+
+        Raises, on all ranks: Stopped where a signal asked for it, AgreedError where the run cannot go on.
+        """
+        settings = self.config.checkpoint.model_dump(exclude={"every"})
+        with claimed(self.config, self.topology), closing(Checkpointer(self.run, **settings)) as self.checkpointer:
+            return self._fit()
+
+    def _fit(self) -> dict[str, float]:
+        train = self.config.train
         resumed = self._resume()
+        if self.topology.is_main:
+            record_config(self.config, self.step)
         seen_by = viewers(self.run, self.step, self.config) if self.topology.is_main else []
-        log = Log(self.run, self.step, train.steps, self._title(), self.topology.is_main, seen_by)
+        title = "pruning" if self.pruner else "training"
+        log = Log(self.run, self.step, train.steps, title, self.topology.is_main, seen_by)
         if resumed:
             log.say(f"going on from step {self.step} of {self.run}")
-        elif self.topology.is_main:
-            save_config(self.config, self.run / CONFIG)
         log.write({"run": {"from_step": self.step} | facts(self.plan, self.topology, self.compute)})
         if self.mixture is None:
             self.mixture = self._start_mixture(log)
@@ -93,15 +116,11 @@ class Trainer:
         batches = Batches(self.sampler, train.batch, first, first + self.share, self.mixture.weights)
         if self.cost:
             self.cost.time_dense(*self.held_out.rows(torch.arange(self.share)))
+        self.signals.remember()
         try:
             if self.pruner and not self.step:
-                log.say(f"scoring units on {self.pruner.config.batches_before} batches")
-                if isinstance(self.inputs.weights, Turned):
-                    log.say("turning the residual stream to its principal axes")
-                    energy = rotate(self.engine, batches, self.config, self.inputs.weights, self.topology)
-                    self.pruner.set_energy(energy)
-                self.pruner.calibrate(self.engine, batches, self._own_microbatches())
-                self.pruner.begin(self.inputs.weights.read)
+                where = self.topology, self._own_microbatches(), log.say
+                begin_pruning(self.pruner, self.engine, batches, self.config, self.inputs.weights, *where)
             # where there are no steps, only units to choose
             line: dict[str, Any] = {"step": 0, "tokens": 0, "weights": self._weights()}
             while self.step < train.steps:
@@ -109,20 +128,15 @@ class Trainer:
                 self.step += 1
                 if self.step == train.steps:
                     break
-                if data.update_every and self.step % data.update_every == 0:
-                    line["held_out"] = self.held_out.losses(self._current())
-                    batches.set_weights(self.mixture.update(line["held_out"]))
-                elif data.evaluate_every and self.step % data.evaluate_every == 0:
-                    line["held_out"] = self.held_out.losses(self._current())
+                self._evaluate(line, batches)
                 self._tell(log, line)
-                self.health.require(line, self._last_good())
-                if every and self.step % every == 0 and not self.health.skipped_in_a_row:
-                    self._save(batches)
+                self.health.require(line, self.checkpointer.last_good)
+                self._save_or_stop(batches)
             losses = self.held_out.losses(self.pruner.decided(final=True) if self.pruner else DENSE)
             if not resumed or self.step > resumed:
                 line["held_out"] = losses
                 self._tell(log, line)
-                self.health.require(line, self._last_good())
+                self.health.require(line, self.checkpointer.last_good)
                 self._save(batches)
             if self.health.skipped:
                 log.say(f"{self.health.skipped} of {self.step} steps were skipped: see `skipped` in {self.run / LOG}")
@@ -135,6 +149,23 @@ class Trainer:
         """This rank's, of the global batch."""
         first = self.topology.dp_rank * self.plan.microbatches
         return range(first, first + self.plan.microbatches)
+
+    def _evaluate(self, line: dict[str, Any], batches: Batches) -> None:
+        """Held-out losses where they are due after a step, into its log line, and the mixture that follows them."""
+        data = self.config.data
+        mixes = bool(data.update_every) and self.step % data.update_every == 0
+        if mixes or (data.evaluate_every and self.step % data.evaluate_every == 0):
+            line["held_out"] = self.held_out.losses(self.pruner.decided(final=False) if self.pruner else DENSE)
+        if mixes:
+            assert self.mixture is not None
+            batches.set_weights(self.mixture.update(line["held_out"]))
+
+    def _save_or_stop(self, batches: Batches) -> None:
+        every, healthy = self.config.checkpoint.every, not self.health.skipped_in_a_row
+        if self.stop_signal or (healthy and (self.save_is_due or (every and self.step % every == 0))):
+            self._save(batches)
+        if self.stop_signal:
+            raise Stopped(self.stop_signal, f"step {self.step} of {self.config.train.steps} is saved in {self.run}")
 
     def _update(self, batches: Batches) -> dict[str, Any]:
         """One step: forward and backward of every microbatch, then weights and masks move. Returns its log line.
@@ -163,10 +194,13 @@ class Trainer:
         for name, term in zip(self.engine.readout.terms[1:], terms, strict=True):
             report[name] = DomainLosses.of(term, domains, self.inputs.names, self.topology).mean()
         factor = rate_factor(self.config, self.step)
-        why = self.health.reason_to_skip(losses, float(norm), self.pruner is None or self.pruner.is_finite())
-        if why:
+        problem = self.health.problem(losses, float(norm), self.pruner is None or self.pruner.is_finite())
+        votes = problem is not None, self.signals.asked, self.checkpointer.is_late()
+        skip, self.stop_signal, self.save_is_due = highest(*votes)
+        self.health.count(bool(skip))
+        if skip:
             last = batches.state()["number"] - 1
-            report["skipped"] = f"{why}; samples {last - train.batch + 1} to {last} changed nothing"
+            report["skipped"] = f"{first_text(problem)}; samples {last - train.batch + 1} to {last} changed nothing"
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = optimizer.learning_rate * factor
@@ -197,31 +231,16 @@ class Trainer:
             "time": time.time(),  # seconds since 1970
         }
 
-    def _last_good(self) -> str:
-        checkpoint = sharded.latest(self.run)
-        return "No checkpoint was written" if checkpoint is None else f"The last good checkpoint is {checkpoint}"
-
-    def _current(self) -> Context:
-        return self.pruner.decided(final=False) if self.pruner else DENSE
-
     def _document_ends(self, tokens: Tensor) -> Tensor:
         return document_ends(tokens, self.inputs.manifest.separator, self.inputs.manifest.bos)
-
-    def _title(self) -> str:
-        return "pruning" if self.pruner else "training"
 
     def _start_mixture(self, log: Log) -> Mixture:
         references = self.inputs.references
         if self.config.data.reference_losses == "source":
-            references = self.held_out.losses(DENSE)
-            if broken := not_finite(references):
-                raise AgreedError(
-                    f"the loss of {self.config.model} on {', '.join(broken)} is {references[broken[0]]}; the model or "
-                    "the data is damaged"
-                )
-            log.say("reference losses measured from the source: " + _listed(references))
+            references = self.held_out.losses_of_source(self.config.model)
+            log.say("reference losses measured from the source: " + listed(references))
         if self.topology.is_main and references:
-            (self.run / REFERENCES).write_text(json.dumps(references, indent=1) + "\n")
+            write_atomically(self.run / REFERENCES, json.dumps(references, indent=1) + "\n")
         return self._mixture(references or {})
 
     def _mixture(self, references: dict[str, float]) -> Mixture:
@@ -235,21 +254,9 @@ class Trainer:
         return dict(zip(self.inputs.names, self.mixture.weights.tolist(), strict=True))
 
     def _tell(self, log: Log, line: dict[str, Any]) -> None:
-        if line["step"] % self.config.train.log_every == 0 or "held_out" in line or "skipped" in line:
-            log.write(line)
+        log.tell(line, self.config.train.log_every)
         if self.pruner and (self.step % max(1, self.config.train.steps // SNAPSHOTS) == 0 or "held_out" in line):
             log.write({"step": self.step} | snapshot(self.pruner.method.expected()), GATES)
-        if "skipped" in line:
-            log.say(f"step {self.step} skipped: {line['skipped']}")
-        if "held_out" in line:
-            log.say(f"step {self.step}: held-out loss " + _listed(line["held_out"]))
-        if not self.step:
-            return
-        shown = {"loss": f"{line['loss']:.3f}", "tokens/s": f"{line['tokens_per_second']:.0f}"}
-        if "expected_sparsity" in line:
-            shown["sparsity"] = f"{line['expected_sparsity']:.2f}/{line['target_sparsity']:.2f}"
-            shown["time"] = f"{line['seconds_to_dense']:.2f} of dense"
-        log.advance(**shown)
 
     def _tensors(self) -> dict[str, Tensor]:
         parameters = {name: p for stage in self.stages for name, p in stage.named_parameters()}
@@ -259,20 +266,18 @@ class Trainer:
 
     def _save(self, batches: Batches) -> None:
         assert self.mixture is not None
-        progress = {
-            "step": self.step,
+        state = {
             "updates_before": self.updates_before,
             "health": self.health.state(),
             "sampler": batches.state(),
             "mixture": self.mixture.state(),
             "references": self.mixture.references,
         }
-        sharded.save(self.run, self.step, self._tensors(), progress, self.config.checkpoint.keep)
+        self.checkpointer.save(self.step, self._tensors(), state)
 
     def _resume(self) -> int:
         """Go on from the newest checkpoint. Returns its step; 0 where there is none."""
-        checkpoint = sharded.latest(self.run)
-        self.run.mkdir(parents=True, exist_ok=True)
+        checkpoint = self.checkpointer.latest()
         if checkpoint is None:
             if earlier := self.config.optimizer.moments:
                 named = {name: p for stage in self.stages for name, p in stage.named_parameters()}
@@ -281,19 +286,16 @@ class Trainer:
                 set_updates(self.optimizer, self.updates_before)
             return 0
         progress = sharded.progress(checkpoint)
-        self.updates_before = progress["updates_before"]
-        self.step = progress["step"]
-        self.health.restore(progress["health"])
+        self.step, state = progress.step, progress.state
+        self.updates_before = state["updates_before"]
+        self.health.restore(state["health"])
         updates = self.step - self.health.skipped
         start_moments(self.optimizer, self.updates_before + updates)
         if self.pruner:
             self.pruner.begin_at(updates)
         sharded.load(checkpoint, self._tensors())
-        self.sampler.restore(progress["sampler"])
-        self.mixture = self._mixture(progress["references"])
-        self.mixture.restore(progress["mixture"])
+        self.sampler.restore(state["sampler"])
+        self.mixture = self._mixture(state["references"])
+        if "data.weights" not in self.changed:
+            self.mixture.restore(state["mixture"])
         return self.step
-
-
-def _listed(losses: dict[str, float]) -> str:
-    return ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from shear_tron.files import write_atomically
 from shear_tron.train.viewers import Viewer, numbers
 
 LOG, GATES, REFERENCES = "metrics.jsonl", "gates.jsonl", "reference_losses.json"
@@ -27,11 +28,10 @@ class Log:
     ) -> None:
         self.run = run if is_main else None
         self.viewers = viewers if is_main else ()
-        if self.run:
-            for file in (run / LOG, run / GATES):
-                if file.exists():
-                    kept = [json.dumps(line) + "\n" for line in read_lines(file) if _step(line) <= first]
-                    file.write_text("".join(kept))
+        for file in (run / LOG, run / GATES) if self.run else ():
+            if file.exists():
+                kept = [json.dumps(line) + "\n" for line in _readable(file) if _step(line) <= first]
+                write_atomically(file, "".join(kept))
         self.bar = tqdm(
             total=steps,
             initial=first,
@@ -50,7 +50,21 @@ class Log:
                 for viewer in self.viewers:
                     viewer.write(values["step"], dict(numbers(values)))
 
-    def advance(self, **shown: str) -> None:
+    def tell(self, line: Mapping[str, Any], every: int) -> None:
+        """A step, in the file if its number is a multiple of ``every`` or there is more to it than a step."""
+        step = line["step"]
+        if step % every == 0 or "held_out" in line or "skipped" in line:
+            self.write(line)
+        if "skipped" in line:
+            self.say(f"step {step} skipped: {line['skipped']}")
+        if "held_out" in line:
+            self.say(f"step {step}: held-out loss {listed(line['held_out'])}")
+        if not step:
+            return
+        shown = {"loss": f"{line['loss']:.3f}", "tokens/s": f"{line['tokens_per_second']:.0f}"}
+        if "expected_sparsity" in line:
+            shown["sparsity"] = f"{line['expected_sparsity']:.2f}/{line['target_sparsity']:.2f}"
+            shown["time"] = f"{line['seconds_to_dense']:.2f} of dense"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
@@ -62,6 +76,11 @@ class Log:
         self.bar.close()
         for viewer in self.viewers:
             viewer.close()
+
+
+def listed(losses: Mapping[str, float]) -> str:
+    """Losses by domain, for people."""
+    return ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
 
 
 def _plain(value: Any) -> Any:
@@ -104,6 +123,19 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in whole]
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}); restore it, or delete the line") from None
+
+
+def _readable(file: Path) -> list[dict[str, Any]]:
+    """The lines of ``file`` that are whole steps or headers: a damaged one must not keep a run from going on."""
+    found = []
+    for text in file.read_bytes().splitlines():
+        try:
+            line = json.loads(text)
+            _step(line)
+            found.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return found
 
 
 def _step(line: dict[str, Any]) -> int:

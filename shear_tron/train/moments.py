@@ -3,7 +3,6 @@
 With a schedule that spans both runs, pruning and continued pre-training are one training that gets smaller on its way.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +49,7 @@ def go_on_with(run: str, own: Path, moments: dict[str, Tensor], is_main: bool) -
         except (ValueError, OSError) as error:
             problem = f"optimizer.moments={run} cannot be cut: {error}"
     require_all(problem)
-    sharded.load(folder, moments)
+    sharded.read_into(moments, folder)
     require_all(None)  # all have read
     if is_main:
         shutil.rmtree(folder)
@@ -60,11 +59,11 @@ def go_on_with(run: str, own: Path, moments: dict[str, Tensor], is_main: bool) -
 def updates(run: RunFolder) -> int:
     """Steps of Adam that a run has made; skipped ones are none."""
     progress = sharded.progress(run.checkpoint)
-    return int(progress["step"] - progress["health"]["skipped"] + progress["updates_before"])
+    return int(progress.step - progress.state["health"]["skipped"] + progress.state["updates_before"])
 
 
 def write_cut_moments(run: RunFolder, folder: Path) -> None:
-    """Write the moments of the dense model that ``run`` ends in, as a checkpoint that every layout reads.
+    """Write the moments of the dense model that ``run`` ends in, as tensors that every layout reads.
 
     A mask of value m makes m * w of a weight w, whose gradient is 1 / m of w's: so are the first moments, and the
     second 1 / m^2.
@@ -83,8 +82,6 @@ def write_cut_moments(run: RunFolder, folder: Path) -> None:
         for name, tensor in extract(_reading(reader, moment), inverse, source)[1]:
             writer.write(f"adam.{name}.{moment}", tensor)
     writer.close()
-    files = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
-    (folder / sharded.PROGRESS).write_text(json.dumps({"files": files}))
 
 
 def _reading(reader: sharded.Reader, moment: str) -> Callable[[str], Tensor]:

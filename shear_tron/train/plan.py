@@ -21,13 +21,6 @@ from shear_tron.train.config import RunConfig
 from shear_tron.train.moments import require_pruned_to
 from shear_tron.train.run_folder import CONFIG
 
-# Keys in which a run may differ from the config saved in its folder when it goes on.
-MAY_CHANGE = (
-    "run", "parallel", "train.steps", "train.device", "train.activation_checkpointing", "train.log_every",
-    "train.max_skipped", "checkpoint.every", "checkpoint.keep", "prune.compact", "prune.pad_to", "data.evaluate_every",
-    "log",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -149,12 +142,12 @@ def _mixture(given: dict[str, float] | str, manifest: Manifest) -> dict[str, flo
         state = "holds no run with a checkpoint" if run.is_dir() else "is not a folder"
         raise ConfigError(f"data.weights={given} {state}; {options}")
     saved, steps = sharded.progress(checkpoint), yaml.safe_load((run / CONFIG).read_text())["train"]["steps"]
-    if saved["step"] < steps:
+    if saved.step < steps:
         raise ConfigError(
-            f"data.weights={given} is a run that stopped at step {saved['step']} of {steps}, its mixture is not final; "
+            f"data.weights={given} is a run that stopped at step {saved.step} of {steps}, its mixture is not final; "
             f"finish it, or {options}"
         )
-    return dict(saved["mixture"]["weights"])
+    return dict(saved.state["mixture"]["weights"])
 
 
 def _require_held_out(manifest: Manifest, name: str, sequence: int) -> None:
@@ -188,31 +181,3 @@ def precision(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     if chosen == "auto":
         chosen = "bfloat16" if device.type == "cuda" else "float32"
     return device, torch.bfloat16 if chosen == "bfloat16" else torch.float32
-
-
-def claim_run_folder(config: RunConfig) -> None:
-    """Check that the run's folder is free or holds an earlier part of this very run. ConfigError if not."""
-    saved = Path(config.run) / CONFIG
-    if not saved.exists():
-        return
-    before, now = yaml.safe_load(saved.read_text()), config.model_dump(mode="json")
-    for key in _differences(before, now):
-        if not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE):
-            raise ConfigError(
-                f"{config.run} holds a run with another {key} ({_at(before, key)!r}, now {_at(now, key)!r}); choose "
-                "another run folder, or delete this one"
-            )
-
-
-def _differences(before: object, now: object, prefix: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict) and prefix not in ("data.weights", "data.reference_losses"):
-        keys = [*now, *(key for key in before if key not in now)]
-        dot = prefix + "." if prefix else ""
-        return [found for key in keys for found in _differences(before.get(key), now.get(key), dot + key)]
-    return [] if before == now else [prefix]
-
-
-def _at(values: object, key: str) -> object:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values

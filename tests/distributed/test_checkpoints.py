@@ -1,5 +1,6 @@
 """Law 5: saved in one layout and loaded in another is never saved: every tensor is the same, to the bit."""
 
+from contextlib import closing
 from math import prod
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import sharded
+from shear_tron.checkpoint.checkpointer import Checkpointer
 from shear_tron.parallel.data import shard
 from shear_tron.parallel.pipeline import build_stages
 from shear_tron.parallel.topology import Layout, Topology, start
@@ -58,10 +60,14 @@ def tensors(topology: Topology, architecture: Architecture, scale: float) -> dic
 
 
 def save(layout: Layout, folder: str) -> None:
-    """A run with one checkpoint for each architecture."""
+    """A run with one checkpoint for each architecture; every other one is written in the background."""
     topology = start(layout, torch.device("cpu"))
-    for name, architecture in ARCHITECTURES.items():
-        sharded.save(Path(folder) / name, 3, tensors(topology, architecture, 1.0), {"step": 3}, keep=1)
+    for place, (name, architecture) in enumerate(ARCHITECTURES.items()):
+        found = tensors(topology, architecture, 1.0)
+        with closing(Checkpointer(Path(folder) / name, keep=1, background=place % 2 == 0)) as checkpointer:
+            checkpointer.save(3, found, {})
+            for tensor in found.values():  # what the thread writes is a copy
+                local(tensor).zero_()
 
 
 def load(layout: Layout, folders: list[str], others: list[str]) -> dict[str, list[str]]:
@@ -124,12 +130,12 @@ def test_a_checkpoint_that_is_not_whole_is_refused(saved: list[str], tmp_path: P
     import shutil
 
     checkpoint = checkpoint_of(saved[3], "llama")  # sharded over three files
-    shutil.copytree(checkpoint, tmp_path / "copy")
-    last = sorted((tmp_path / "copy").glob("*.safetensors"))[-1]
+    shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    last = sorted((tmp_path / checkpoint.name).glob("*.safetensors"))[-1]
     whole = last.read_bytes()
     last.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="bytes, not"):
-        sharded.Reader(tmp_path / "copy")
+        sharded.Reader(tmp_path / checkpoint.name)
     last.unlink()
     with pytest.raises(ValueError, match="is missing"):
-        sharded.Reader(tmp_path / "copy")
+        sharded.Reader(tmp_path / checkpoint.name)

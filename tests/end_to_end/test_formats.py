@@ -64,10 +64,10 @@ def test_the_very_next_samples_go_along(pruned: Path, world: Path, tmp_path: Pat
     checkpoint = sharded.latest(pruned)
     assert checkpoint is not None
     progress = sharded.progress(checkpoint)
-    weights = progress["mixture"]["weights"]
+    weights = progress.state["mixture"]["weights"]
     sampler = Sampler(manifest, list(weights), 16, 0)
     fresh = sampler.read(sampler.draw(7 * 8, list(weights.values())))
-    sampler.restore(progress["sampler"])
+    sampler.restore(progress.state["sampler"])
     expected = sampler.read(sampler.draw(16, list(weights.values())))
     assert (found == expected.numpy()).all()
     assert not (found[:8] == fresh[:8].numpy()).all()

@@ -103,7 +103,7 @@ def test_adam_goes_on_across_the_cut_under_one_schedule(world: Path, tmp_path: P
     for name in warm:
         torch.testing.assert_close(ranks[name], warm[name], rtol=1e-3, atol=2e-5)
     progress = sharded.progress(sharded.latest(tmp_path / "warm") or tmp_path)
-    assert progress["updates_before"] == 4
+    assert progress.state["updates_before"] == 4
     assert not (tmp_path / "warm" / "moments").exists()
     rates = [line["learning_rate"] for name in ("prune", "warm") for line in metrics.read(tmp_path / name)]
     assert rates == pytest.approx([1e-3 * learning_rate_factor(step, 9, 2, 0.1) for step in range(5)])

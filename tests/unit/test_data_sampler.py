@@ -13,10 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shear_tron.data import tokens as tokens_module
-from shear_tron.data.manifest import Domain, Manifest, Shard, sha256
+from shear_tron.data.manifest import Domain, Manifest, Shard
 from shear_tron.data.permutation import ROUNDS, keys, permute
 from shear_tron.data.sampler import Batches, Sampler, held_out
 from shear_tron.data.tokens import document_ends
+from shear_tron.files import sha256
 
 SEQUENCE = 8
 NAMES = ["web", "code", "books"]
@@ -339,3 +340,17 @@ def test_document_ends_are_increasing_and_never_cross_rows(rows: list[list[int]]
     flat = [token for row in rows for token in row]
     assert all(flat[end - 1] == 0 or end % 6 == 0 for end in ends[1:])
     assert all(index + 1 in ends for index, token in enumerate(flat) if token == 0)
+
+
+def test_a_token_outside_the_vocabulary_is_refused_where_it_is_read(manifest: Manifest) -> None:
+    for split in ("train", "held_out"):
+        file = Path(manifest.folder) / "code" / split / "00000.ds"
+        tokens = np.fromfile(file, dtype="<u2")
+        tokens[70] = 40000
+        tokens.tofile(file)
+    message = f"00000.ds holds token {40000}, outside the vocabulary of 40000 ids"
+    with pytest.raises(ValueError, match=message):
+        held_out(manifest, "code", SEQUENCE, 99)
+    one = Sampler(manifest, ["code"], SEQUENCE, 7)
+    with pytest.raises(ValueError, match=message):
+        one.read(one.draw(20, [1.0]))

@@ -10,14 +10,15 @@ ROOT = Path(__file__).parents[2]
 NOUNS = ("shape", "architecture", "dims", "params", "masks", "keep")
 # Which of our packages each part may import. A part may always import itself.
 ARROWS = {
+    "files": set(),
     **{noun: set(NOUNS[:place]) for place, noun in enumerate(NOUNS)},
-    "config": set(),
-    "data": {"config"},
+    "config": {"files"},
+    "data": {"config", "files"},
     "pruning": {*NOUNS, "config"},
     "model": set(NOUNS),
     "parallel": {*NOUNS, "model", "config"},
-    "checkpoint": {*NOUNS, "parallel"},  # parallel.agree, no more
-    "train": {*NOUNS, "config", "data", "pruning", "model", "parallel", "checkpoint"},
+    "checkpoint": {*NOUNS, "files", "parallel"},  # parallel.agree, no more
+    "train": {*NOUNS, "files", "config", "data", "pruning", "model", "parallel", "checkpoint"},
     "explain": {"config"},
     "report": {"config", "train"},
     "use": {"params", "data", "model", "checkpoint"},

@@ -1,0 +1,156 @@
+"""Saving a running training, at once or in the background, and keeping no more than asked.
+
+Tensors go through torch.distributed.checkpoint and its safetensors storage. Every rank then brings its own file to the
+disk and takes its sha256, the main rank writes ``progress.json`` with all of them, and only then does the checkpoint
+get its name. A crash at any moment leaves the checkpoints before it as they were.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+from shear_tron.checkpoint import sharded
+from shear_tron.files import sha256, sync, write_atomically
+from shear_tron.parallel.agree import AgreedError, gather_texts, require_all
+
+PARTIAL = ".partial"
+
+
+class Checkpointer:
+    """The checkpoints of one run. Made and used by all ranks together, by one run at a time.
+
+    Args:
+        run: the run's folder.
+        keep: the newest so many stay on disk.
+        keep_every: and those of steps that are multiples of this, for ever; 0: none.
+        minutes: after which ``is_late`` asks for the next one; 0: never.
+        background: write in a thread, from a copy of the tensors in the host's memory. Training waits for the copy
+            only, and for a save before that is not done yet.
+    """
+
+    def __init__(
+        self, run: Path, keep: int, keep_every: int = 0, minutes: float = 0.0, background: bool = False
+    ) -> None:
+        self.run, self.keep, self.keep_every, self.minutes = run, keep, keep_every, minutes
+        self.background = background
+        self.main = dist.get_rank() == 0
+        self._saved: tuple[int, float] = (-1, time.monotonic())  # step, when
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())  # that one pins memory
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") if background else None
+        self._pending: Future[None] | None = None
+        # A thread needs a group of its own: its collectives must not mix with those of training.
+        self._group = dist.new_group(backend="gloo")
+        if self.main and (run / sharded.FOLDER).is_dir():
+            for left in (run / sharded.FOLDER).iterdir():
+                if left.suffix == PARTIAL and sharded.is_name(left.stem):
+                    shutil.rmtree(left, ignore_errors=True)  # of a process that was killed while it saved
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that is whole, in the background ones that are being written aside; None without."""
+        return sharded.latest(self.run)
+
+    def last_good(self) -> str:
+        """A sentence about it."""
+        found = self.latest()
+        return "No checkpoint was written" if found is None else f"The last good checkpoint is {found}"
+
+    def is_late(self) -> bool:
+        """Whether it is time for the next one, by the main rank's clock; elsewhere never."""
+        return self.main and bool(self.minutes) and time.monotonic() - self._saved[1] > self.minutes * 60
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Save a step; a second time, nothing happens.
+
+        tensors: DTensors (each rank writes its part) and plain tensors (equal on all ranks that have them).
+        state: everything else, alike on all ranks, as JSON takes it. Raises AgreedError where a value is not finite,
+        the folder's name is taken, or this save or the one in the background before it failed.
+        """
+        if self._saved[0] == step:
+            return
+        self.wait()
+        sharded.require_finite(tensors, f"step {step} is not saved")
+        self._saved = (step, time.monotonic())
+        # Made now: the thread must see neither tensors nor numbers of later steps.
+        text = json.dumps(state)
+        if self._thread is None:
+            self._write(step, dict(tensors), text)
+        else:
+            staged = self._stager.stage(dict(tensors))
+            self._pending = self._thread.submit(self._write, step, staged, text)
+
+    def wait(self) -> None:
+        """Until the save in the background is done. Raises what went wrong in it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Finish, and stop the thread."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown(wait=True)
+
+    def _write(self, step: int, tensors: dict[str, Tensor], state: str) -> None:
+        final = sharded.path(self.run, step)
+        partial = final.with_suffix(PARTIAL)
+        self._on_main(lambda: self._begin(final, partial), f"step {step} is not saved")
+        try:
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            save_distributed(tensors, storage_writer=writer, process_group=self._group)
+        except CheckpointException as error:  # no Exception; all ranks get it
+            reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+            raise AgreedError(f"step {step} is not saved: {reasons}") from None
+        mine, problem = {}, None
+        try:
+            for file in sorted(partial.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors")):
+                sync(file)
+                mine[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        except OSError as error:
+            problem = f"step {step} is not saved: rank {dist.get_rank()}: {error}"
+        require_all(problem, self._group)
+        files: dict[str, Any] = {}
+        for text in gather_texts(json.dumps(mine), self._group):
+            files |= json.loads(text)
+        content = sharded.sealed({"step": step, "files": files, "state": json.loads(state)})
+        self._on_main(lambda: self._finish(final, partial, content), f"step {step} is not saved")
+
+    def _on_main(self, work: Any, consequence: str) -> None:
+        """Do ``work`` on the main rank, and wait for it on all. AgreedError where the file system refuses."""
+        problem = None
+        if self.main:
+            try:
+                work()
+            except (OSError, ValueError) as error:
+                problem = f"{consequence}: {error}"
+        require_all(problem, self._group)
+
+    def _begin(self, final: Path, partial: Path) -> None:
+        if final.exists() or final.is_symlink():
+            raise ValueError(f"{final} is in the way, and is no whole checkpoint; move it")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def _finish(self, final: Path, partial: Path, content: str) -> None:
+        """Give a checkpoint its name, and only then remove older ones."""
+        write_atomically(partial / sharded.PROGRESS, content)
+        os.rename(partial, final)
+        sync(final.parent)
+        for old in sharded.checkpoints(self.run)[: -self.keep]:
+            step = sharded.step_of(old)
+            if old != final and not (self.keep_every and step % self.keep_every == 0):
+                shutil.rmtree(old)

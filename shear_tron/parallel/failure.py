@@ -1,0 +1,38 @@
+"""What a broken run says: one rank speaks for all, and names those that fell silent."""
+
+import time
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+_FIRST, _HERE = "shear_tron/first", "shear_tron/here/{}"
+PATIENCE = 3.0  # seconds in which a rank that is alive has noticed that another is not
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether ``error`` says only that another rank is gone or late, and not why."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def is_first_to_fail() -> bool:
+    """Whether no rank has asked this before: it is the one to speak. Needs no rank but the store's to be alive."""
+    try:
+        store = _get_default_store()
+        store.set(_HERE.format(dist.get_rank()), "")
+        return bool(store.add(_FIRST, 1) == 1)
+    except (RuntimeError, ValueError):  # the store died with its rank: better said twice than never
+        return True
+
+
+def silent_ranks(patience: float = PATIENCE) -> list[int]:
+    """The ranks that have not come to ``is_first_to_fail`` within ``patience`` seconds: killed, or stuck."""
+    silent = list(range(dist.get_world_size()))
+    deadline = time.monotonic() + patience
+    try:
+        store = _get_default_store()
+        while silent and time.monotonic() < deadline:
+            silent = [rank for rank in silent if not store.check([_HERE.format(rank)])]
+            time.sleep(0.05)
+    except (RuntimeError, ValueError):
+        return []
+    return silent

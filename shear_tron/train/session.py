@@ -1,0 +1,80 @@
+"""One rank of a run, from joining the others to its exit status; whatever happens, one rank says it once."""
+
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+
+import torch
+
+from shear_tron.parallel import topology
+from shear_tron.parallel.agree import AgreedError
+from shear_tron.parallel.failure import is_first_to_fail, lost_peer, silent_ranks
+from shear_tron.parallel.topology import Topology
+from shear_tron.train.loop import Trainer
+from shear_tron.train.plan import Inputs, Plan
+from shear_tron.train.stopping import Signals, Stopped
+
+FAILED = 1
+
+
+def session(
+    plan: Plan,
+    inputs: Inputs,
+    device: torch.device,
+    compute: torch.dtype,
+    changed: Sequence[str],
+    command: Sequence[str],
+) -> int:
+    """Train, and return the exit status: 0, 1 for a run that failed, 143 or 130 for one that was asked to stop.
+
+    changed: see ``Trainer``; command: what was typed, for telling how to go on.
+    """
+    with Signals() as signals:  # also while telling what broke: a launcher ends the peers of a broken rank
+        ranks = topology.start(plan.layout, device, plan.config.parallel.timeout)
+        try:
+            losses = Trainer(plan, inputs, ranks, compute, signals, changed).fit()
+        except Stopped as stop:
+            torchrun = "torchrun ... " if plan.layout.world > 1 and "--nproc" not in command else ""
+            again = torchrun + shlex.join(["shear-tron", *command])
+            _say(ranks, f"{stop}; resume with: {again}")
+            return stop.status
+        except AgreedError as error:
+            _say(ranks, str(error))
+            return FAILED
+        except Exception as error:
+            _tell(error, plan)
+            return FAILED
+        else:
+            if ranks.is_main:
+                print(json.dumps({"run": plan.config.run, "held_out": losses}))
+            return 0
+        finally:
+            topology.stop()
+
+
+def _say(ranks: Topology, text: str) -> None:
+    if ranks.is_main:
+        print(f"shear-tron train: {text}", file=sys.stderr, flush=True)
+
+
+def _tell(error: Exception, plan: Plan) -> None:
+    """Say what broke on this rank, unless another rank has spoken: peers of a broken rank break too."""
+    if not is_first_to_fail():
+        return
+    prefix = f"rank {topology.rank()}: " if plan.layout.world > 1 else ""
+    if lost_peer(error):
+        silent = silent_ranks()
+        who = f"rank {', '.join(map(str, silent))} does" if silent else "a rank did"
+        reason = (
+            f"{who} not answer: it was killed (out of memory?), its machine is gone, or it hangs for more than "
+            f"parallel.timeout={plan.config.parallel.timeout} seconds; start the same command again to go on from "
+            f"the last checkpoint ({' '.join(str(error).split())[:200]})"
+        )
+    elif isinstance(error, ValueError | OSError):
+        reason = str(error)
+    else:
+        traceback.print_exception(error)
+        reason = f"{type(error).__name__}: {error}"
+    print(f"shear-tron train: {prefix}{reason}", file=sys.stderr, flush=True)

@@ -1,0 +1,198 @@
+"""Stopped, killed or broken on any rank: what was done is kept, and the user hears why, once."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranks import run
+
+from shear_tron import cli
+from shear_tron.checkpoint import sharded
+from shear_tron.train import metrics
+from shear_tron.train.loop import Trainer
+
+STEPS = ["train.steps=8", "prune.warmup_steps=4", "checkpoint.every=0"]
+TIMING = ("seconds", "data_seconds", "seconds_to_dense", "tokens_per_second", "tflops_per_rank", "peak_memory", "time")
+
+# Runs the command line on each rank of torchrun, with a fault on rank 1 before step 3.
+FAULTY = """
+import os, signal, sys
+from shear_tron import cli
+from shear_tron.train.loop import Trainer
+update = Trainer._update
+def faulty(self, batches):
+    if self.step == 2 and os.environ["RANK"] == "1":
+        {fault}
+    return update(self, batches)
+Trainer._update = faulty
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def interrupt(number: int, rank: int = 0) -> None:
+    """Before step 3 a rank sends itself a signal."""
+    import torch.distributed as dist
+
+    update = Trainer._update
+
+    def signalled(self: Trainer, batches: Any) -> dict[str, Any]:
+        if self.step == 2 and dist.get_rank() == rank:
+            os.kill(os.getpid(), number)
+        return update(self, batches)
+
+    Trainer._update = signalled  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def never(world: Path) -> Path:
+    """A run that nobody stopped."""
+    assert cli.main(["train", str(world / "prune.yaml"), f"run={world}/never", *STEPS]) == 0
+    return world / "never"
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in metrics.read(folder)]
+
+
+def same_state(left: Path, right: Path) -> bool:
+    import torch
+
+    one, other = (sharded.Reader(found) for found in (sharded.latest(left), sharded.latest(right)) if found)
+    return one.sizes == other.sizes and all(torch.equal(one.read(name), other.read(name)) for name in one.sizes)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "background"),
+    [(signal.SIGTERM, 143, "false"), (signal.SIGINT, 130, "true"), (signal.SIGUSR1, 143, "true")],
+)
+def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
+    never: Path,
+    world: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    status: int,
+    background: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [
+        "train",
+        str(world / "prune.yaml"),
+        f"run={tmp_path}/run",
+        *STEPS,
+        f"checkpoint.background={background}",
+    ]
+    before = signal.getsignal(number)
+    monkeypatch.setattr(Trainer, "_update", Trainer._update)  # restored afterwards
+    interrupt(number)
+    assert cli.main(arguments) == status
+    error = capsys.readouterr().err
+    assert f"stopped by {number.name}; step 3 of 8 is saved in {tmp_path}/run; resume with: shear-tron train" in error
+    assert "Traceback" not in error
+    assert signal.getsignal(number) == before
+    monkeypatch.undo()
+    assert cli.main(arguments) == 0
+    assert same_state(never, tmp_path / "run")
+    assert untimed(never) == untimed(tmp_path / "run")
+
+
+def on_ranks(config: str, overrides: list[str]) -> int:
+    import torch.distributed as dist
+
+    from shear_tron.parallel import topology
+
+    topology.world_size = dist.get_world_size
+    topology.stop = lambda: None
+    interrupt(signal.SIGTERM, rank=1)
+    return cli.main(["train", config, *overrides])
+
+
+def test_ranks_stop_together(world: Path, tmp_path: Path) -> None:
+    """One rank hears of it."""
+    for layout in (["parallel.pp=2"], ["parallel.tp=2"]):
+        folder = tmp_path / layout[0]
+        assert run(2, on_ranks, str(world / "prune.yaml"), [f"run={folder}", *STEPS, *layout]) == [143, 143]
+        assert [found.name for found in sharded.checkpoints(folder)] == ["step-00000003"]
+
+
+def test_a_run_saves_by_the_clock(world: Path, tmp_path: Path) -> None:
+    clock = ["checkpoint.minutes=1e-6", "checkpoint.keep=2", "checkpoint.keep_every=3"]
+    assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *STEPS, *clock]) == 0
+    assert [sharded.step_of(found) for found in sharded.checkpoints(tmp_path / "run")] == [3, 6, 7, 8]
+
+
+def torchrun(script: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "faulty.py").write_text(script)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    return subprocess.run(
+        [*command, str(folder / "faulty.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("raise FileNotFoundError(2, 'No such file or directory', 'tokens.ds')", "rank 1: [Errno 2] No such file"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "rank 0: rank 1 does not answer: it was killed"),
+        ("import time; time.sleep(60)", "rank 0: rank 1 does not answer: it was killed"),
+    ],
+    ids=["error", "killed", "stuck"],
+)
+def test_an_error_of_any_rank_is_told_once(world: Path, tmp_path: Path, fault: str, reason: str) -> None:
+    plain = ["prune=null", "data.update_every=0", "data.reference_losses=null", "checkpoint.every=1"]
+    timeout = ["parallel.timeout=5"] if "sleep" in fault else []
+    arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *plain, *timeout]
+    ended = torchrun(FAULTY.format(fault=fault), tmp_path, *arguments)
+    ours = [line for line in ended.stderr.splitlines() if "shear-tron train: " in line]
+    assert len(ours) == 1, ended.stderr
+    assert reason in ours[0]
+    assert ended.returncode != 0
+    assert "sampler" not in ended.stderr  # no traceback of ours
+    latest = sharded.latest(tmp_path / "run")
+    assert latest is not None
+    assert latest.name == "step-00000002"
+
+
+def test_a_run_folder_is_one_run_at_a_time(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *STEPS]
+    second: list[subprocess.CompletedProcess[str]] = []
+    update = Trainer._update
+
+    def meanwhile(self: Trainer, batches: Any) -> dict[str, Any]:
+        if self.step == 1:
+            command = [sys.executable, "-m", "shear_tron", *arguments]
+            second.append(subprocess.run(command, capture_output=True, text=True, timeout=120))
+        return update(self, batches)
+
+    monkeypatch.setattr(Trainer, "_update", meanwhile)
+    assert cli.main(arguments) == 0
+    assert second[0].returncode == 1
+    assert f"{tmp_path}/run is in use by another process (process {os.getpid()} on" in second[0].stderr
+
+
+def test_tokens_outside_the_vocabulary_are_refused_in_any_layout(world: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(world / "data", tmp_path / "data")
+    for shard in (tmp_path / "data").rglob("train/*.ds"):
+        tokens = np.fromfile(shard, dtype="<u2")
+        tokens[:] = 65000
+        tokens.tofile(shard)
+    for layout in (["parallel.tp=2"], []):
+        overrides = [f"run={tmp_path}/run", f"data.folder={tmp_path}/data", *STEPS, *layout]
+        assert run(2, on_ranks, str(world / "prune.yaml"), overrides) == [1, 1]

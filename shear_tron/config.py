@@ -5,7 +5,6 @@ overrides over it. Unknown keys and wrong types are errors that name the nearest
 """
 
 import difflib
-import re
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shear_tron.files import write_atomically
+from shear_tron.reading import parse_yaml, read_text, short
+
+LARGEST = 1 << 20  # bytes of a config
+MOST_TOLD = 20  # problems told at once
 
 
 class ConfigError(ValueError):
@@ -23,7 +26,7 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A part of the configuration: immutable, with no keys but its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -32,13 +35,9 @@ Config = TypeVar("Config", bound=BaseModel)
 def load(kind: type[Config], path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read ``path`` (YAML) as a ``kind``, with ``section.key=value`` overrides. Raises ConfigError in one line."""
     try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read ({error.strerror}); give a path to a YAML file") from None
-    try:
-        values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        values = parse_yaml(read_text(path, LARGEST), str(path))
+    except ValueError as error:
+        raise ConfigError(f"config file {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping of sections; see examples/")
     for override in overrides or []:
@@ -46,7 +45,7 @@ def load(kind: type[Config], path: str | Path, overrides: list[str] | None = Non
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(kind, error)}") from None
+        raise ConfigError(f"{path}: {_explain(kind, error, values)}") from None
 
 
 def save(config: BaseModel, path: Path) -> None:
@@ -54,56 +53,66 @@ def save(config: BaseModel, path: Path) -> None:
     write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number and `no` as a word, as YAML 1.2 and everybody's expectation have it."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$", re.IGNORECASE), list("tTfF"))
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        raise ConfigError(f"override {short(override)} is not of the form section.key=value")
     *sections, last = key.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if inner is None:
             inner = values[section] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {section} is {inner!r}, not a section")
+            raise ConfigError(f"override {short(override)}: {section} is {short(inner)}, not a section")
         values = inner
     try:
-        values[last] = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+        values[last] = parse_yaml(text, "the value")
+    except ValueError as error:
+        raise ConfigError(f"override {short(override)}: {error}; quote it") from None
 
 
-def _explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first problem in one line; for a misspelt key, the nearest valid one."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        valid = _keys_at(kind, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1, cutoff=0.0)
+def _explain(kind: type[BaseModel], error: ValidationError, values: dict[str, Any]) -> str:
+    """Every problem, one for each key."""
+    found: dict[str, str] = {}
+    for problem in error.errors():
+        keys = _keys_of(problem["loc"], values)
+        where = ".".join(keys)
+        if any(key == where or key.startswith(f"{where}.") for key in found):
+            continue  # the same value as another kind that the key may have
+        found[where] = _say(kind, keys, where, problem)
+    listed = list(found.values())
+    if len(listed) == 1:
+        return listed[0]
+    told = [f"({number}) {text}" for number, text in enumerate(listed[:MOST_TOLD], 1)]
+    more = [f"and {len(listed) - MOST_TOLD} more"] if len(listed) > MOST_TOLD else []
+    return f"{len(listed)} problems: " + "; ".join(told + more)
+
+
+def _keys_of(location: tuple[int | str, ...], values: Any) -> list[str]:
+    """The keys that lead to a problem; pydantic puts names of types between them."""
+    keys = []
+    for place, part in enumerate(location):
+        inner: dict[Any, Any] = dict(enumerate(values)) if isinstance(values, list) else values
+        is_last = place + 1 == len(location)
+        if not isinstance(inner, dict) or (part not in inner and not is_last):
+            continue
+        keys.append(str(part))
+        values = inner.get(part)
+    return keys
+
+
+def _say(kind: type[BaseModel], keys: list[str], where: str, problem: Any) -> str:
+    """A problem in one line; for a misspelt key, the nearest valid one."""
+    if problem["type"] == "extra_forbidden":
+        valid = _keys_at(kind, tuple(keys[:-1]))
+        near = difflib.get_close_matches(keys[-1][:60], valid, n=1, cutoff=0.0)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown key {where!r}; {hint}valid keys here: {', '.join(valid)}{more}"
-    if first["type"] == "missing":
-        return f"{where} is missing; it has no default{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(first["input"], dict) else f"={first['input']!r}"
-    return f"{where}{given}: {message}{more}"
+        return f"unknown key {short(where)}; {hint}valid keys here: {', '.join(valid)}"
+    if problem["type"] == "missing":
+        return f"{where} is missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], dict) else f"={short(problem['input'])}"
+    return f"{where}{given}: {message}" if where else message
 
 
 def _keys_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

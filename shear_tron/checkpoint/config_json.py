@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shear_tron.reading import short
+
 # Sizes beyond these are a damaged file's, and would only be found out after long allocations or loops.
 MOST_LAYERS, LARGEST_SIZE, LONGEST_CONTEXT = 10_000, 2**24, 2**31
 
@@ -30,7 +32,7 @@ class ConfigJson:
         value = self.get(key)
         value = null if value is None else value
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(f"{self.name(key)}={value!r} is not a size; use a whole number")
+            raise self.error(f"{self.name(key)}={short(value)} is not a size; use a whole number")
         if not least <= value <= most:
             raise self.error(f"{self.name(key)}={value} is not a size; use a whole number from {least} to {most}")
         return value
@@ -39,20 +41,20 @@ class ConfigJson:
         value = self.get(key)
         value = self.defaults.get(key) if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
-            raise self.error(f"{self.name(key)}={value!r} is not a positive number; set it")
+            raise self.error(f"{self.name(key)}={short(value)} is not a positive number; set it")
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.get(key)
         if not isinstance(value, bool | None):
-            raise self.error(f"{self.name(key)}={value!r} is neither true nor false; set it to one of them")
+            raise self.error(f"{self.name(key)}={short(value)} is neither true nor false; set it to one of them")
         return bool(value)
 
     def inner(self, key: str, **defaults: Any) -> "ConfigJson":
         """The object that is the value of ``key``; null and left out: empty."""
         value = self.get(key) or {}
         if not isinstance(value, dict):
-            raise self.error(f"{key}={value!r} is not an object; use one, or null")
+            raise self.error(f"{key}={short(value)} is not an object; use one, or null")
         return ConfigJson(self.path, value, defaults)
 
     def name(self, key: str) -> str:

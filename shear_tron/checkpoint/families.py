@@ -12,6 +12,7 @@ from typing import Any
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.config_json import ConfigJson
 from shear_tron.checkpoint.names import Names, Packed, with_biases
+from shear_tron.reading import short
 
 Facts = dict[str, Any]  # fields of Architecture
 Keys = dict[str, Any]  # of config.json
@@ -90,7 +91,9 @@ def _window_facts(config: ConfigJson, full: Iterable[int]) -> Facts:
     else:
         known = {"full_attention", "sliding_attention"}
         if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= known:
-            raise config.error(f"layer_types={types!r} is not supported; list one of {sorted(known)} for each layer")
+            raise config.error(
+                f"layer_types={short(types)} is not supported; list one of {sorted(known)} for each layer"
+            )
         kept = frozenset(layer for layer, kind in enumerate(types) if kind == "full_attention")
     if len(kept) == layers:
         return {}
@@ -181,7 +184,7 @@ def _smollm3_facts(config: ConfigJson) -> Facts:
         every = config.size("no_rope_layer_interval")
         turned = [int((layer + 1) % every != 0) for layer in range(layers)]
     if not isinstance(turned, list) or len(turned) < layers or not set(map(str, turned)) <= {"0", "1"}:
-        raise config.error(f"no_rope_layers={turned!r} is not supported; list 1 (turns) or 0 for each layer")
+        raise config.error(f"no_rope_layers={short(turned)} is not supported; list 1 (turns) or 0 for each layer")
     unturned = frozenset(layer for layer in range(layers) if not turned[layer])
     windows = _window_facts(config, set(range(layers)) - unturned)
     return {"unturned_layers": unturned, **_bias_facts(config), **windows}

@@ -11,6 +11,7 @@ from shear_tron.architecture import Architecture, Rope
 from shear_tron.checkpoint.config_json import LONGEST_CONTEXT, MOST_LAYERS, ConfigJson
 from shear_tron.checkpoint.families import FAMILIES, Family
 from shear_tron.checkpoint.safetensors_stream import read_json
+from shear_tron.reading import short
 from shear_tron.shape import Shape
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -62,18 +63,18 @@ def family_of(architecture: Architecture) -> Family:
 def _architecture(path: Path, values: Mapping[str, Any]) -> Architecture:
     for key, reason in _REFUSED_KEYS.items():
         if values.get(key):
-            raise ValueError(f"{path}: {key}={values[key]!r}: {reason}")
+            raise ValueError(f"{path}: {key}={short(values[key])}: {reason}")
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         why = f" ({_REFUSED_TYPES[kind]})" if isinstance(kind, str) and kind in _REFUSED_TYPES else ""
-        raise ValueError(f"{path}: model_type={kind!r} is not supported{why}; use one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{path}: model_type={short(kind)} is not supported{why}; use one of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     config = ConfigJson(
         path, values, {**_DEFAULTS, "hidden_act": family.activation, **family.defaults}, family.spelling
     )
     act = config.get("hidden_act")
     if act != family.activation and (act, family.activation) != ("swish", "silu"):
-        raise config.error(f"hidden_act={act!r} is not supported; use a {kind} model with {family.activation!r}")
+        raise config.error(f"hidden_act={short(act)} is not supported; use a {kind} model with {family.activation!r}")
     shape = _shape(config)
     return Architecture(
         shape,
@@ -121,7 +122,7 @@ def _rope(config: ConfigJson, family: Family, head_dim: int) -> Rope:
     if kind == "default":
         return Rope(theta=theta, share=share)
     if kind != "llama3":
-        raise config.error(f"rope_type={kind!r} is not supported; use a model with 'default' or 'llama3'")
+        raise config.error(f"rope_type={short(kind)} is not supported; use a model with 'default' or 'llama3'")
     return Rope(
         theta=theta,
         factor=values.number("factor"),

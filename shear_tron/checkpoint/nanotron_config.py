@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from shear_tron.architecture import Architecture, Rope
 from shear_tron.checkpoint.safetensors_stream import read_json
+from shear_tron.reading import short
 from shear_tron.shape import Shape, require_split
 
 Flavour = Literal["0.4", "main"]
@@ -31,7 +32,7 @@ def require(architecture: Architecture, flavour: Flavour, tp: int = 1) -> None:
     for fact in fields(architecture):
         value = getattr(architecture, fact.name)
         if value != getattr(llama, fact.name):
-            raise ValueError(f"{fact.name}={value!r}: nanotron has no such model; go on in another trainer")
+            raise ValueError(f"{fact.name}={short(value)}: nanotron has no such model; go on in another trainer")
     if rope.share != 1.0:
         raise ValueError(f"rope share={rope.share:g}: nanotron turns whole heads; go on in another trainer")
     if rope.factor != 1.0:
@@ -78,9 +79,9 @@ def read_model_config(path: Path) -> tuple[Architecture, bool]:
         raise ValueError(f"{path} describes no LLaMA (is_llama_config, is_qwen2_config); import another")
     for key in _REFUSED:
         if config.get(key):
-            raise ValueError(f"{path}: {key}={config[key]!r} is not supported; use a model without")
+            raise ValueError(f"{path}: {key}={short(config[key])} is not supported; use a model without")
     if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act={config['hidden_act']!r} is not supported; use a model with 'silu'")
+        raise ValueError(f"{path}: hidden_act={short(config['hidden_act'])} is not supported; use a model with 'silu'")
     try:
         heads = config["num_attention_heads"]
         shape = Shape(

@@ -17,6 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from shear_tron import reading
+from shear_tron.reading import short
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -35,19 +38,12 @@ class Entry:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError naming the file where it holds none."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a folder saved by transformers' save_pretrained")
     try:
-        value = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; give a folder saved by transformers' save_pretrained") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object; fetch it again")
-    return value
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON's")
+        return reading.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; fetch it again") from None
 
 
 def open_file(path: Path) -> Any:
@@ -75,7 +71,7 @@ def entries(folder: Path) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
-            raise ValueError(f"{folder / INDEX} points at {file!r} outside its folder; list file names only")
+            raise ValueError(f"{folder / INDEX} points at {short(file)} outside its folder; list file names only")
         for name, entry in _header(folder / file).items():
             if weight_map.get(name) != file:
                 raise ValueError(f"{folder / file} holds {name}, which {INDEX} does not place there; fetch both again")

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from shear_tron.files import sha256
 from shear_tron.parallel.agree import AgreedError, require_all
+from shear_tron.reading import read_json
 
 FOLDER, PROGRESS = "checkpoints", "progress.json"
 _NAME = re.compile(r"step-[0-9]{8}")
@@ -89,12 +90,12 @@ def progress(checkpoint: Path) -> Progress:
     """
     file = checkpoint / PROGRESS
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         seal = content.pop("sha256")
         found = Progress.model_validate(content, strict=True)
         if seal != _seal(content):
             raise ValueError("it does not have its sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{file} cannot be read ({reason}); the checkpoint is damaged, use an earlier one") from None
     if path(Path(), found.step).name != checkpoint.name:

@@ -1,11 +1,13 @@
 """The ``data`` section of a run's configuration."""
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from shear_tron.config import Section
 from shear_tron.data.mixture import MixtureConfig
+
+Share = Annotated[float, Field(ge=0)]
 
 
 class DataConfig(Section):
@@ -14,7 +16,7 @@ class DataConfig(Section):
     folder: str  # made by `shear-tron prepare`
     sequence: PositiveInt  # tokens a training window predicts
     # starting mixture, normalised: a weight a domain, "proportional" to their tokens, or a run folder: that run's final
-    weights: dict[str, float] | str = "proportional"
+    weights: dict[str, Share] | str = "proportional"
     # a loss a domain, a JSON or YAML file of them, or "source": measured from the model before the first step
     reference_losses: dict[str, float] | str | None = None
     update_every: int = Field(0, ge=0)  # steps between updates of the mixture; 0: constant
@@ -22,6 +24,12 @@ class DataConfig(Section):
     evaluate_windows: PositiveInt = 32  # held-out windows a domain
     document_masking: bool = False  # attention does not cross documents of a window, positions restart in each
     mixture: MixtureConfig = MixtureConfig()
+
+    @model_validator(mode="after")
+    def _weights(self) -> Self:
+        if isinstance(self.weights, dict) and not any(self.weights.values()):
+            raise ValueError("weights are all 0, or there are none; give at least one domain a weight")
+        return self
 
     @model_validator(mode="after")
     def _references(self) -> Self:

@@ -25,7 +25,7 @@ def drop_duplicates(tasks: list[Task], output: str, across: bool) -> list[Task]:
 
 
 def _drop(tasks: list[Task], output: str) -> list[Task]:
-    signatures = [np.load(Sign.path(output, task), mmap_mode="r") for task in tasks]
+    signatures = [Sign.read(output, task) for task in tasks]
     ends = np.cumsum([len(part) for part in signatures])
     keep = np.zeros(int(ends[-1]), dtype=bool)
     buckets = int(ends[-1]) // BUCKET + 1

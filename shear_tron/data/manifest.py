@@ -5,23 +5,40 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shear_tron.data.tokenizer import fingerprint
 from shear_tron.files import sha256, write_atomically
+from shear_tron.reading import read_json, short
 
 FILE = "domains.json"
 FORMAT = 1
+
+
+def _inside(file: str) -> str:
+    """A path that stays in the folder it counts from."""
+    path = PurePosixPath(file)
+    if path.is_absolute() or not path.parts or ".." in path.parts or "\0" in file:
+        raise ValueError("is no path inside the folder")
+    return file
+
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class Shard:
     """One ``.ds`` file (datatrove's format: raw little-endian ids) and its ``.ds.index`` (uint64 document ends)."""
 
-    file: str  # relative to the folder
-    tokens: int
-    documents: int
+    __pydantic_config__ = _STRICT
+
+    file: Annotated[str, AfterValidator(_inside)]  # relative to the folder
+    tokens: Annotated[int, Field(ge=1)]
+    documents: Annotated[int, Field(ge=1)]
     sha256: str
 
 
@@ -29,13 +46,15 @@ class Shard:
 class Domain:
     """A domain's shards in reading order. ``held_out`` is never trained on."""
 
+    __pydantic_config__ = _STRICT
+
     train: tuple[Shard, ...]
     held_out: tuple[Shard, ...]
     source: str = ""
     licence: str = ""
-    empty: int = 0  # documents without text, left out
-    damaged: int = 0  # records that could not be read, left out
-    duplicates: int | None = None  # documents left out because the same text came before; None: nobody looked
+    empty: Count = 0  # documents without text, left out
+    damaged: Count = 0  # records that could not be read, left out
+    duplicates: Count | None = None  # documents left out because the same text came before; None: nobody looked
 
     def tokens(self, split: Literal["train", "held_out"] = "train") -> int:
         return sum(shard.tokens for shard in getattr(self, split))
@@ -52,13 +71,15 @@ class Manifest:
     open and close every document (None: not added).
     """
 
+    __pydantic_config__ = _STRICT
+
     folder: str
     tokenizer: str
     tokenizer_sha256: str
-    vocab: int
-    token_bytes: int
-    bos: int | None
-    separator: int | None
+    vocab: Annotated[int, Field(ge=1)]
+    token_bytes: Annotated[int, Field(ge=2, le=4, multiple_of=2)]
+    bos: Count | None
+    separator: Count | None
     held_out_share: float
     domains: dict[str, Domain]
 
@@ -74,26 +95,20 @@ class Manifest:
         if not file.is_file():
             raise ValueError(f"data folder {folder} holds no {FILE}; make it with `shear-tron prepare`")
         try:
-            content = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is damaged ({error}); run `shear-tron prepare` again") from error
-        if content.get("format") != FORMAT:
-            raise ValueError(f"{file} has format={content.get('format')}, not {FORMAT}; run `shear-tron prepare` again")
-        manifest = cls._from_json(folder, content)
+            content = read_json(file)
+            found = content.pop("format", None)
+            if found != FORMAT:
+                raise ValueError(f"{file} has format={short(found)}, not {FORMAT}")
+            # strict, as JSON: no number is made of a text
+            manifest = TypeAdapter(cls).validate_json(json.dumps({**content, "folder": folder}), strict=True)
+        except ValueError as error:
+            reason = _first(error) if isinstance(error, ValidationError) else str(error)
+            raise ValueError(f"{file} is damaged ({reason}); run `shear-tron prepare` again") from None
         manifest._check_model(tokenizer, vocab)
         for domain in manifest.domains.values():
             for shard in (*domain.train, *domain.held_out):
                 manifest._check_size(shard)
         return manifest
-
-    @classmethod
-    def _from_json(cls, folder: str, content: dict[str, Any]) -> "Manifest":
-        fields = {key: value for key, value in content.items() if key not in ("format", "domains")}
-        domains = {}
-        for name, domain in content["domains"].items():
-            train, held_out = (tuple(Shard(**shard) for shard in domain.pop(split)) for split in ("train", "held_out"))
-            domains[name] = Domain(train, held_out, **domain)
-        return cls(folder=folder, domains=domains, **fields)
 
     def write(self) -> None:
         """Write ``domains.json`` in one step: a reader sees the old file or the new one."""
@@ -119,8 +134,11 @@ class Manifest:
         ):
             try:
                 found = os.stat(os.path.join(self.folder, file)).st_size
-            except FileNotFoundError:
-                raise ValueError(f"shard {file} of {self.folder} is missing; run `shear-tron prepare` again") from None
+            except OSError as error:
+                reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+                raise ValueError(
+                    f"shard {short(file)} of {self.folder} {reason}; run `shear-tron prepare` again"
+                ) from None
             if found != expected:
                 raise ValueError(
                     f"shard {file} of {self.folder} has {found} bytes, not {expected}: it is damaged; "
@@ -151,3 +169,9 @@ class Manifest:
         """Raise ValueError unless every domain is there and has tokens to train on."""
         for name in names:
             self.domain(name)
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}={short(problem['input'])}: {problem['msg']}"

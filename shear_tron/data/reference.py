@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter
 from tqdm import tqdm
 
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.sampler import held_out
+from shear_tron.files import write_atomically
+from shear_tron.reading import parse_yaml, read_text
 
 log = getLogger(__name__)
 
@@ -114,7 +116,7 @@ class ReferenceConfig(BaseModel):
 
 def reference_losses(config: ReferenceConfig) -> dict[str, float]:
     """Each domain's reference loss, nats a token. Raises ValueError for sources that do not belong together."""
-    table: dict[float, dict[str, float]] = {}
+    table: dict[FiniteFloat, dict[str, FiniteFloat]] = {}
     if config.losses is not None:
         table |= _read(config.losses)
     for model in config.models:
@@ -132,18 +134,16 @@ def reference_losses(config: ReferenceConfig) -> dict[str, float]:
     else:
         raise ValueError(f"losses of {len(table)} sizes need parameters, the size of the model to predict")
     if config.output is not None:
-        Path(config.output).write_text(yaml.safe_dump({name: round(loss, 4) for name, loss in result.items()}))
+        rounded = {name: round(loss, 4) for name, loss in result.items()}
+        write_atomically(Path(config.output), yaml.safe_dump(rounded))
     return result
 
 
-def _read(path: str) -> dict[float, dict[str, float]]:
+def _read(path: str) -> dict[FiniteFloat, dict[str, FiniteFloat]]:
     try:
-        content = yaml.safe_load(Path(path).read_text())
-        return {
-            float(size): {str(name): float(loss) for name, loss in losses.items()} for size, losses in content.items()
-        }
-    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        return TypeAdapter(dict[FiniteFloat, dict[str, FiniteFloat]]).validate_python(parse_yaml(read_text(path), path))
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"losses={path} cannot be read ({reason}); it must be {{parameters: {{domain: loss}}}}"
         ) from None
@@ -163,7 +163,9 @@ def measure(model: str, config: ReferenceConfig) -> tuple[int, dict[str, float]]
     manifest = Manifest.read(str(config.folder), tokenizer=model)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    )
     network = network.to(device).eval()
     losses = {}
     with torch.inference_mode(), tqdm(desc=model, unit="window") as bar:

@@ -17,12 +17,14 @@ import numpy.typing as npt
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.tokens.tokenizer import TokenizedFile
+from pydantic import ConfigDict, TypeAdapter
 
 from shear_tron.data import documents
 from shear_tron.data.documents import DAMAGED, Fields, Format, Piece
 from shear_tron.data.manifest import Shard
 from shear_tron.data.tokenizer import load
 from shear_tron.files import sha256, write_atomically
+from shear_tron.reading import read_json
 
 WORK = ".prepare"  # receipts and unfinished files, inside the output folder
 BATCH = 1000  # documents tokenised at a time
@@ -59,6 +61,8 @@ class Encoding:
 class Receipt:
     """What a finished task made."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     train: Shard | None
     held_out: Shard | None
     empty: int
@@ -73,16 +77,15 @@ class Receipt:
     def read(cls, output: str, task: Task, token_bytes: int) -> "Receipt | None":
         """The receipt of a task whose shards are all there; None for one that must be done (again)."""
         try:
-            content = json.loads(cls.path(output, task).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            receipt = TypeAdapter(cls).validate_json(json.dumps(read_json(cls.path(output, task))), strict=True)
+        except ValueError:  # none, or a damaged one
             return None
-        for split in ("train", "held_out"):
-            if content[split] is not None:
-                content[split] = shard = Shard(**content[split])
+        for shard in (receipt.train, receipt.held_out):
+            if shard is not None:
                 file = Path(output) / shard.file
                 if not file.is_file() or file.stat().st_size != shard.tokens * token_bytes:
                     return None
-        return cls(**content)
+        return receipt
 
 
 class Read(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
@@ -205,6 +208,19 @@ class Sign(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
     @staticmethod
     def path(output: str, task: Task) -> Path:
         return Path(output) / WORK / f"{task.key}.signatures.npy"
+
+    @classmethod
+    def read(cls, output: str, task: Task) -> npt.NDArray[np.uint64]:
+        """Mapped from its file. ValueError where it is damaged."""
+        file = cls.path(output, task)
+        try:
+            found = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            found = None
+        if found is None or found.dtype != np.uint64 or found.shape[1:] != (2,):
+            raise ValueError(f"{file} is damaged; delete it and run `shear-tron prepare` again")
+        mapped: npt.NDArray[np.uint64] = found
+        return mapped
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         joined = b"".join(documents.fingerprint(document.text) for document in data if document.text)

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from shear_tron.reading import read_json
+
 
 class Tokenizer:
     """A tokenizer.json, a SentencePiece ``*.model`` file, or a folder that holds one (tokenizer.json first).
@@ -48,7 +50,7 @@ class Tokenizer:
         self.vocab = max(self._ids.values()) + 1
         self.bos, self.eos = (_special_token(file.parent, name) for name in ("bos_token", "eos_token"))
         self._encode = self._encode_json
-        parts = json.loads(content)
+        parts = read_json(file)
         pieces = bool(parts["model"].get("byte_fallback"))
         byte_level = "ByteLevel" in json.dumps(parts.get("decoder") or {})
         self._is_byte_level: bool | None = None if pieces == byte_level else byte_level
@@ -125,10 +127,10 @@ def fingerprint(path: str) -> str:
     content = file.read_bytes()
     if file.suffix == ".json":
         try:
-            parts = json.loads(content)
+            parts = read_json(file)
             content = json.dumps({key: parts[key] for key in parts if key not in _INDECISIVE}, sort_keys=True).encode()
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"tokenizer={file} is not JSON ({error}); use a complete tokenizer.json") from None
+        except ValueError as error:
+            raise ValueError(f"tokenizer={error}; use a complete tokenizer.json") from None
     return hashlib.sha256(content).hexdigest()
 
 
@@ -140,9 +142,11 @@ def _special_token(folder: Path, name: str) -> str | None:
     """What a Hugging Face folder calls its ``bos_token`` or ``eos_token``."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / file).is_file():
-            token = json.loads((folder / file).read_text()).get(name)
+            token = read_json(folder / file).get(name)
+            if isinstance(token, dict):
+                token = token.get("content")
             if token is not None:
-                return str(token["content"] if isinstance(token, dict) else token)
+                return str(token)
     return None
 
 

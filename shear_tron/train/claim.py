@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 from shear_tron.checkpoint import sharded
 from shear_tron.config import ConfigError
 from shear_tron.config import save as save_config
 from shear_tron.parallel.agree import require_all
 from shear_tron.parallel.topology import Topology
+from shear_tron.reading import parse_yaml, read_text, short
 from shear_tron.train.config import RunConfig
 from shear_tron.train.run_folder import CONFIG
 
@@ -52,9 +51,9 @@ def claim_run_folder(config: RunConfig, allowed: tuple[str, ...] = ()) -> list[s
             continue
         if not _within(key, allowed):
             fix = f"--allow-change {key}" if _within(key, ON_PURPOSE) else "choose another run folder"
+            was, is_now = short(_at(before, key)), short(_at(now, key))
             raise ConfigError(
-                f"{config.run} holds a run with another {key} ({_at(before, key)!r}, now {_at(now, key)!r}); {fix}, or "
-                "delete this one"
+                f"{config.run} holds a run with another {key} ({was}, now {is_now}); {fix}, or delete this one"
             )
         changed.append(key)
     return changed
@@ -123,14 +122,12 @@ def _lock(run: Path) -> int:
 
 def _saved(file: Path) -> dict[str, object]:
     try:
-        content = yaml.safe_load(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{file} is missing though there are checkpoints beside it; restore it") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} is damaged ({' '.join(str(error).split())[:200]}); restore it") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} is damaged (it holds {type(content).__name__}); restore it")
-    return content
+        content = parse_yaml(read_text(file), str(file))
+        if isinstance(content, dict):
+            return content
+        raise ValueError(f"{file} holds {type(content).__name__}, not a config")
+    except ValueError as error:
+        raise ConfigError(f"{error}, though there are checkpoints beside it; restore it") from None
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:

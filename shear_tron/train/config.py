@@ -1,6 +1,6 @@
 """The configuration of a run: its sections, and those of training itself."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -41,6 +41,9 @@ class ScheduleConfig(Section):
     before: int = Field(default=0, ge=0)  # steps of it that earlier runs have made
 
 
+Memory = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     """AdamW and its rate: linear warm-up, then a cosine. The defaults are the paper's (section 3.1)."""
 
@@ -48,7 +51,7 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)  # the rate grows linearly over them
     min_learning_rate: float = Field(default=0.1, ge=0, le=1)  # as a share of learning_rate, at the end of the cosine
     weight_decay: float = Field(default=0.0, ge=0)  # decoupled, on every weight
-    betas: tuple[float, float] = (0.9, 0.95)  # memory of the two moments
+    betas: tuple[Memory, Memory] = (0.9, 0.95)  # memory of the two moments
     eps: float = Field(default=1e-8, gt=0)  # added to the root of the second moment
     clip: float = Field(default=1.0, gt=0)  # global gradient norm
     schedule: ScheduleConfig | None = None  # none: the schedule is this run's alone, as in the paper

@@ -40,7 +40,7 @@ def require_samples(run: RunFolder, architecture: Architecture, form: Form, samp
             "samples: the run masks documents and nanotron's reader does not; leave --samples out and prepare "
             "nanotron's data for it"
         )
-    found = len(AutoTokenizer.from_pretrained(run.model).get_vocab())
+    found = len(AutoTokenizer.from_pretrained(run.model, local_files_only=True, trust_remote_code=False).get_vocab())
     if found != architecture.shape.vocab:
         raise ValueError(
             f"samples: nanotron wants vocab={architecture.shape.vocab} to be the tokenizer's {found} entries; leave "

@@ -4,17 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
+from pydantic import FiniteFloat, TypeAdapter
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.huggingface import Weights, architecture_config, read_architecture
-from shear_tron.config import ConfigError
+from shear_tron.config import ConfigError, load
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.mixture import Mixture
 from shear_tron.parallel.topology import Layout, choose_device
 from shear_tron.pruning.make import make_method
 from shear_tron.pruning.rotate import Turned
+from shear_tron.reading import parse_yaml, read_text
 from shear_tron.shape import Shape
 from shear_tron.train import viewers
 from shear_tron.train.config import RunConfig
@@ -141,7 +142,7 @@ def _mixture(given: dict[str, float] | str, manifest: Manifest) -> dict[str, flo
     if checkpoint is None or not (run / CONFIG).exists():
         state = "holds no run with a checkpoint" if run.is_dir() else "is not a folder"
         raise ConfigError(f"data.weights={given} {state}; {options}")
-    saved, steps = sharded.progress(checkpoint), yaml.safe_load((run / CONFIG).read_text())["train"]["steps"]
+    saved, steps = sharded.progress(checkpoint), load(RunConfig, run / CONFIG).train.steps
     if saved.step < steps:
         raise ConfigError(
             f"data.weights={given} is a run that stopped at step {saved.step} of {steps}, its mixture is not final; "
@@ -165,11 +166,10 @@ def _references(given: dict[str, float] | str | None) -> dict[str, float] | None
     if given == "source":
         return None
     try:
-        losses = yaml.safe_load(Path(given).read_text())  # JSON is YAML
-        return {str(name): float(loss) for name, loss in losses.items()}
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        return TypeAdapter(dict[str, FiniteFloat]).validate_python(parse_yaml(read_text(given), given))  # JSON is YAML
+    except ValueError as error:
         raise ConfigError(
-            f"data.reference_losses={given} cannot be read ({' '.join(str(error).split())}); give a JSON or YAML "
+            f"data.reference_losses={given} cannot be read ({' '.join(str(error).split())[:200]}); give a JSON or YAML "
             "file of losses by domain, such as a pruning run's reference_losses.json, or `source`"
         ) from None
 

@@ -30,7 +30,7 @@ def generate(
         raise ValueError(f"{folder} is a nanotron checkpoint and has no tokenizer; `shear-tron import` it first")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_transformers(folder, torch.float32 if device == "cpu" else torch.bfloat16).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError(f"{folder} has no chat template; leave --chat out, or tune it (examples/instruct)")

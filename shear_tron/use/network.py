@@ -44,4 +44,6 @@ def load_transformers(folder: str, dtype: torch.dtype) -> Any:
 
     if not (Path(folder) / "config.json").exists():
         raise ValueError(f"{folder} is no model (it has no config.json); give a Hugging Face folder")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    )

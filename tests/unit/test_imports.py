@@ -11,14 +11,15 @@ NOUNS = ("shape", "architecture", "dims", "params", "masks", "keep")
 # Which of our packages each part may import. A part may always import itself.
 ARROWS = {
     "files": set(),
+    "reading": set(),
     **{noun: set(NOUNS[:place]) for place, noun in enumerate(NOUNS)},
-    "config": {"files"},
-    "data": {"config", "files"},
+    "config": {"files", "reading"},
+    "data": {"config", "files", "reading"},
     "pruning": {*NOUNS, "config"},
     "model": set(NOUNS),
     "parallel": {*NOUNS, "model", "config"},
-    "checkpoint": {*NOUNS, "files", "parallel"},  # parallel.agree, no more
-    "train": {*NOUNS, "files", "config", "data", "pruning", "model", "parallel", "checkpoint"},
+    "checkpoint": {*NOUNS, "files", "reading", "parallel"},  # parallel.agree, no more
+    "train": {*NOUNS, "files", "reading", "config", "data", "pruning", "model", "parallel", "checkpoint"},
     "explain": {"config"},
     "report": {"config", "train"},
     "use": {"params", "data", "model", "checkpoint"},

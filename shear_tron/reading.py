@@ -1,0 +1,133 @@
+"""Reading JSON and YAML that anyone may have written: bounded, and either a value or one line that says what is wrong.
+
+Every function raises ValueError, with the file's name, for whatever it is given: a folder, a pipe, gigabytes, bytes
+that are no text, nesting without end, aliases that unfold into billions, numbers that are none.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+LARGEST = 256 << 20  # bytes of any file read whole: a tokenizer or an index of the largest models has a tenth
+DEEPEST = 64  # levels of nesting
+MOST = 100_000  # values in a YAML file
+# What PyYAML lets through from constructing tagged values.
+_SLIPS = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
+
+def read_text(path: str | Path, largest: int = LARGEST) -> str:
+    """The text of a file of at most ``largest`` bytes."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            raise ValueError(f"{path} is {kind}; give the path of a text file")
+        if status.st_size > largest:
+            raise ValueError(f"{path} has {status.st_size:,} bytes, and no such file needs more than {largest:,}")
+        with open(path, "rb") as file:
+            return file.read(largest).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}); give a text file") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
+
+
+def read_json(path: str | Path, largest: int = LARGEST) -> dict[str, Any]:
+    """The JSON object in a file. NaN and infinite numbers are none in JSON, and refused."""
+    text = read_text(path, largest)
+    try:
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({_in_one_line(error)})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that YAML ``text`` spells, without aliases; ``where`` it is from, for errors."""
+    try:
+        _require_small(text)
+        return yaml.load(text, _Loader)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise ValueError(f"{where} is not YAML: {_in_one_line(error)}") from None
+
+
+def short(value: object, most: int = 60) -> str:
+    """``repr(value)``, cut where it is long; a large value is not written out to be cut."""
+    if isinstance(value, str | bytes):
+        text = repr(value[: most + 1])
+    elif isinstance(value, dict | list | tuple | set):
+        text = f"{type(value).__name__} of {len(value)}" if len(value) > 8 or _nested(value) else repr(value)
+    elif isinstance(value, int) and value.bit_length() > 256:
+        return f"a whole number of {value.bit_length()} bits"
+    else:
+        text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def _nested(value: dict[Any, Any] | list[Any] | tuple[Any, ...] | set[Any]) -> bool:
+    inner = value.values() if isinstance(value, dict) else value
+    long = (isinstance(each, str | bytes) and len(each) > 60 for each in inner)
+    return any(long) or any(isinstance(each, dict | list | tuple | set) for each in inner)
+
+
+def _require_small(text: str) -> None:
+    depth = values = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark else 0
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"an alias (*{event.anchor}) in line {line}; write the value out")
+        values += isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"nested deeper than {DEEPEST} levels in line {line}")
+        if values > MOST:
+            raise ValueError(f"more than {MOST:,} values")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is beyond any number")
+    return number
+
+
+def _in_one_line(error: BaseException) -> str:
+    text = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    return text[:200]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number and `no` as a word, as YAML 1.2 and everybody's expectation have it."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$", re.IGNORECASE), list("tTfF"))
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)

@@ -12,6 +12,7 @@ VERBS = {
     "extract": "write a pruning run's dense model: Hugging Face, nanotron, GGUF",
     "export": "write a training run's model: Hugging Face, nanotron, GGUF",
     "import": "make a Hugging Face folder of a nanotron checkpoint",
+    "verify": "whether a folder of data, a run or a model is what was written",
     "report": "what runs did, as one HTML page; also while they run",
     "eval": "losses of models on held-out data, side by side",
     "generate": "let a model go on with a text",
@@ -60,7 +61,10 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--markdown", action="store_true", help="the whole reference, as docs/config.md has it")
     if verb == "train":
         sub.add_argument("--nproc", type=int, default=None, help="ranks to start on this machine; torchrun for more")
+        sub.add_argument("--strict", action="store_true", help="exit with 3 where masks do not reach the target")
         sub.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="in a run that goes on")
+    if verb == "verify":
+        sub.add_argument("folder", help="prepared data, a run, a checkpoint, or a model")
     if verb == "report":
         sub.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, in the order they were made")
         sub.add_argument("--output", default=None, metavar="HTML", help="default: report.html in the last run")

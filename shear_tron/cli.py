@@ -103,11 +103,12 @@ def train(arguments: argparse.Namespace) -> int:
     command = ["train", arguments.config, *arguments.overrides]
     if arguments.nproc and arguments.nproc > 1:
         command += ["--nproc", str(arguments.nproc)]
-        return launch(arguments.nproc, device, _train, arguments.config, arguments.overrides, allowed, command)
-    return _train(arguments.config, arguments.overrides, allowed, command)
+        rank = (arguments.config, arguments.overrides, allowed, command, arguments.strict)
+        return launch(arguments.nproc, device, _train, *rank)
+    return _train(arguments.config, arguments.overrides, allowed, command, arguments.strict)
 
 
-def _train(path: str, overrides: list[str], allowed: tuple[str, ...], command: list[str]) -> int:
+def _train(path: str, overrides: list[str], allowed: tuple[str, ...], command: list[str], strict: bool) -> int:
     """What one rank does. Whatever is wrong with the input was said before; from here on any one rank may fail."""
     from shear_tron.config import load
     from shear_tron.parallel import topology
@@ -121,7 +122,7 @@ def _train(path: str, overrides: list[str], allowed: tuple[str, ...], command: l
     device, compute = precision(config)
     opened = inputs(planned)
     changed = claim_run_folder(config, allowed)
-    return session(planned, opened, device, compute, changed, command)
+    return session(planned, opened, device, compute, changed, command, strict)
 
 
 def extract(arguments: argparse.Namespace) -> None:
@@ -152,6 +153,12 @@ def import_(arguments: argparse.Namespace) -> None:
     from shear_tron.train.outputs import import_model
 
     print(import_model(arguments.checkpoint, arguments.output, arguments.tokenizer, arguments.dtype))
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    from shear_tron.train.verify import verify
+
+    print(verify(arguments.folder))
 
 
 def show(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shear_tron.data.tokenizer import fingerprint
@@ -40,6 +41,7 @@ class Shard:
     tokens: Annotated[int, Field(ge=1)]
     documents: Annotated[int, Field(ge=1)]
     sha256: str
+    index_sha256: str | None = None  # None: written before there was one
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,8 @@ class Manifest:
             reason = _first(error) if isinstance(error, ValidationError) else str(error)
             raise ValueError(f"{file} is damaged ({reason}); run `shear-tron prepare` again") from None
         manifest._check_model(tokenizer, vocab)
-        for domain in manifest.domains.values():
-            for shard in (*domain.train, *domain.held_out):
-                manifest._check_size(shard)
+        for shard in manifest.shards():
+            manifest._check_size(shard)
         return manifest
 
     def write(self) -> None:
@@ -145,15 +146,27 @@ class Manifest:
                     "run `shear-tron prepare` again"
                 )
 
+    def shards(self) -> list[Shard]:
+        """Every shard of every domain."""
+        return [shard for domain in self.domains.values() for shard in (*domain.train, *domain.held_out)]
+
     def verify(self) -> None:
-        """Read every token shard and compare its sha256. Raises ValueError for the first that differs."""
-        for domain in self.domains.values():
-            for shard in (*domain.train, *domain.held_out):
-                if sha256(Path(self.folder) / shard.file) != shard.sha256:
-                    raise ValueError(
-                        f"shard {shard.file} of {self.folder} does not have its sha256: it is damaged; "
-                        "delete it and run `shear-tron prepare` again"
-                    )
+        """Read everything. Raises ValueError for the first shard that is not what was written."""
+        for shard in self.shards():
+            self.verify_shard(shard)
+
+    def verify_shard(self, shard: Shard) -> None:
+        """Read a shard and its index. Raises ValueError where it is not what was written."""
+        if sha256(Path(self.folder) / shard.file) != shard.sha256:
+            raise ValueError(
+                f"shard {shard.file} of {self.folder} does not have its sha256: it is damaged; "
+                "delete it and run `shear-tron prepare` again"
+            )
+        index = Path(self.folder) / f"{shard.file}.index"
+        ends = np.fromfile(index, dtype="<u8").astype(np.int64)
+        whole = ends[-1] == shard.tokens and bool((np.diff(ends, prepend=0) > 0).all())
+        if not whole or (shard.index_sha256 and sha256(index) != shard.index_sha256):
+            raise ValueError(f"{index} is damaged; delete it and its shard, and run `shear-tron prepare` again")
 
     def domain(self, name: str) -> Domain:
         """The domain called ``name``. Raises ValueError when there is none, or it has no tokens to train on."""

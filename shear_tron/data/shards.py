@@ -186,7 +186,8 @@ class Tokenise(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
         if not file.doc_ends:
             return None
         name = f"{task.domain}/{split}/{task.key}.ds"
-        shard = Shard(name, len(file), len(file.doc_ends), sha256(draft / f"{split}.ds"))
+        hashes = sha256(draft / f"{split}.ds"), sha256(draft / f"{split}.ds.index")
+        shard = Shard(name, len(file), len(file.doc_ends), *hashes)
         (Path(self.output) / name).parent.mkdir(parents=True, exist_ok=True)
         for suffix in (".index", ".metadata", ""):
             with open(draft / f"{split}.ds{suffix}", "rb") as stream:

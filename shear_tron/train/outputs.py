@@ -15,6 +15,7 @@ from shear_tron.data.tokenizer import load
 from shear_tron.params import count, params
 from shear_tron.pruning.extract import extract as dense_model
 from shear_tron.pruning.make import read_method
+from shear_tron.pruning.reached import missed, told
 from shear_tron.train.card import publish
 from shear_tron.train.handover import hand_over, require_samples
 from shear_tron.train.run_folder import RunFolder
@@ -35,7 +36,9 @@ def extract(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
     method = read_method(run.config.prune, source, target, reader.read)
     dense, tensors = dense_model(reader.read, method.decide(), source)
     said = _write(run, output, dense, source, tensors, form, samples)
-    return f"{output}: {count(dense):,} of {count(source):,} parameters, {dense.shape}{said}"
+    short = missed(method.expected(), source.shape, target)
+    warning = f"; WARNING: {told(short)}; train longer before trusting this model" if short else ""
+    return f"{output}: {count(dense):,} of {count(source):,} parameters, {dense.shape}{said}{warning}"
 
 
 def export(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:

@@ -12,11 +12,12 @@ from shear_tron.parallel import topology
 from shear_tron.parallel.agree import AgreedError
 from shear_tron.parallel.failure import is_first_to_fail, lost_peer, silent_ranks
 from shear_tron.parallel.topology import Topology
+from shear_tron.pruning.reached import missed, told
 from shear_tron.train.loop import Trainer
 from shear_tron.train.plan import Inputs, Plan
 from shear_tron.train.stopping import Signals, Stopped
 
-FAILED = 1
+FAILED, MISSED = 1, 3
 
 
 def session(
@@ -26,15 +27,18 @@ def session(
     compute: torch.dtype,
     changed: Sequence[str],
     command: Sequence[str],
+    strict: bool = False,
 ) -> int:
     """Train, and return the exit status: 0, 1 for a run that failed, 143 or 130 for one that was asked to stop.
 
-    changed: see ``Trainer``; command: what was typed, for telling how to go on.
+    changed: see ``Trainer``; command: what was typed, for telling how to go on. strict: 3 for a pruning run whose masks
+    did not reach the target, which is a warning otherwise.
     """
     with Signals() as signals:  # also while telling what broke: a launcher ends the peers of a broken rank
         ranks = topology.start(plan.layout, device, plan.config.parallel.timeout)
         try:
-            losses = Trainer(plan, inputs, ranks, compute, signals, changed).fit()
+            trainer = Trainer(plan, inputs, ranks, compute, signals, changed)
+            losses = trainer.fit()
         except Stopped as stop:
             torchrun = "torchrun ... " if plan.layout.world > 1 and "--nproc" not in command else ""
             again = torchrun + shlex.join(["shear-tron", *command])
@@ -48,10 +52,21 @@ def session(
             return FAILED
         else:
             if ranks.is_main:
-                print(json.dumps({"run": plan.config.run, "held_out": losses}))
-            return 0
+                print(json.dumps({"run": plan.config.run, "held_out": losses}), flush=True)
+            shortfall = _shortfall(plan, trainer)
+            if shortfall:
+                _say(ranks, shortfall)
+            return MISSED if shortfall and strict else 0
         finally:
             topology.stop()
+
+
+def _shortfall(plan: Plan, trainer: Trainer) -> str | None:
+    """Of a pruning run that ended, what its masks lack; None where nothing does."""
+    if trainer.pruner is None or plan.target is None:
+        return None
+    short = missed(trainer.pruner.method.expected(), plan.architecture.shape, plan.target)
+    return f"WARNING: {told(short)}; use more steps, or a higher prune.learning_rate" if short else None
 
 
 def _say(ranks: Topology, text: str) -> None:

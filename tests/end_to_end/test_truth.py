@@ -179,6 +179,25 @@ def test_what_is_not_finite_is_not_extracted_or_exported(
         assert not Path(f"{folder}-out").exists()
 
 
+def test_pruning_that_missed_its_target_is_said(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten steps close nothing to speak of; with units cut by score, the counts are exact."""
+    steps = ["train.steps=3", "prune.warmup_steps=2", "data.update_every=0"]
+    arguments = ["train", str(world / "prune.yaml"), *steps]
+    said = "WARNING: the masks had not reached the target (closed: "
+    assert cli.main([*arguments, f"run={tmp_path}/short", "--strict"]) == 3
+    assert said in capsys.readouterr().err
+    assert cli.main([*arguments, f"run={tmp_path}/short"]) == 0
+    assert said in capsys.readouterr().err
+    assert cli.main(["extract", f"{tmp_path}/short", f"{tmp_path}/small"]) == 0
+    assert said in capsys.readouterr().out
+    assert cli.main([*arguments, f"run={tmp_path}/exact", "prune.method=magnitude", "--strict"]) == 0
+    assert "WARNING" not in capsys.readouterr().err
+    assert cli.main(["extract", f"{tmp_path}/exact", f"{tmp_path}/other"]) == 0
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_only_our_checkpoints_count_and_are_deleted(world: Path, tmp_path: Path) -> None:
     plain = [*PLAIN, "train.steps=4", "checkpoint.every=1"]
     assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *plain]) == 0

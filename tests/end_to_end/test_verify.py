@@ -1,0 +1,140 @@
+"""A flipped byte anywhere is found, where it is used and by `verify`; wrong folders are told apart."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shear_tron import cli
+from shear_tron.checkpoint import sharded
+
+STEPS = ["train.steps=3", "prune.warmup_steps=2", "checkpoint.every=1", "data.update_every=0"]
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path) -> Path:
+    assert cli.main(["train", str(world / "prune.yaml"), f"run={world}/trained", *STEPS]) == 0
+    return world / "trained"
+
+
+def flip(file: Path, draw: random.Random, after: int = 0) -> None:
+    content = bytearray(file.read_bytes())
+    content[draw.randrange(after, len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+
+
+def test_whole_folders_are_told_in_plain_words(
+    trained: Path, world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    checkpoint = sharded.latest(trained)
+    for folder, text in (
+        (world / "data", "prepared data, whole: 3 domains, "),
+        (world / "model", "a Hugging Face model, whole: "),
+        (trained, "a run, whole: checkpoints of steps 2, 3"),
+        (checkpoint, "a checkpoint, whole: step 3"),
+    ):
+        assert cli.main(["verify", str(folder)]) == 0
+        assert f"{folder}: {text}" in capsys.readouterr().out
+    for folder in (tmp_path, tmp_path / "none"):
+        assert cli.main(["verify", str(folder)]) == 2
+
+
+def test_flipped_bits_are_found(trained: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw = random.Random(0)
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(world / "data", tmp_path / "data")
+    files = [*(tmp_path / "run" / "checkpoints").rglob("*.*"), *(tmp_path / "data").rglob("*.ds*")]
+    files = [file for file in files if file.is_file() and file.suffix != ".metadata"] + [
+        tmp_path / "data" / "domains.json"
+    ]
+    for file in files:
+        good = file.read_bytes()
+        for _ in range(4 if file.suffix != ".json" else 20):
+            flip(file, draw)
+            folder = tmp_path / file.relative_to(tmp_path).parts[0]
+            status = cli.main(["verify", str(folder)])
+            error = capsys.readouterr().err
+            harmless = file.name == "domains.json"  # a name of a licence, a share: nobody can tell
+            assert status == 2 or harmless, file
+            assert status == 0 or error.count("\n") == 1, error
+            file.write_bytes(good)
+    assert cli.main(["verify", str(tmp_path / "data")]) == 0
+    assert cli.main(["verify", str(tmp_path / "run")]) == 0
+
+
+def test_a_damaged_checkpoint_is_not_used(
+    trained: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tensors: D7. Its header, its numbers, its folder's name: D10, D7."""
+    draw = random.Random(1)
+    shutil.copytree(trained, tmp_path / "run")
+    arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *STEPS, "train.steps=4"]
+    checkpoint = sharded.latest(tmp_path / "run")
+    assert checkpoint is not None
+    tensors, progress = next(checkpoint.glob("*.safetensors")), checkpoint / sharded.PROGRESS
+    for file, after, status in ((tensors, 2000, 1), (tensors, 0, 1), (progress, 0, 2)):
+        good = file.read_bytes()
+        flip(file, draw, after)
+        capsys.readouterr()
+        assert cli.main(arguments) == status
+        error = capsys.readouterr().err
+        assert "use an earlier" in error
+        assert "Traceback" not in error
+        file.write_bytes(good)
+    assert cli.main(["extract", str(tmp_path / "run"), str(tmp_path / "fine")]) == 0
+    checkpoint.rename(checkpoint.with_name("step-00000009"))
+    assert cli.main(arguments) == 2
+    assert "holds step 3; give the folder its own name back" in capsys.readouterr().err
+
+
+def test_folders_are_not_confused(
+    trained: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """D14: a run never takes a model's or the data's folder, nor goes on without its config."""
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    train = ["train", str(world / "prune.yaml"), *STEPS]
+    for run, message in (
+        (world / "model", "is model too; give a folder of its own"),
+        (world / "data", "is data.folder too"),
+        ("''", "run is empty"),
+        (tmp_path / "file", "is a file"),
+    ):
+        assert cli.main([*train, f"run={run}"]) == 2
+        assert message in capsys.readouterr().err
+    config = tmp_path / "run" / "config.yaml"
+    whole = config.read_text()
+    damaged = (("run: [", "though there are checkpoints beside it"), ("- 1", "not a config"), (None, "No such file"))
+    for text, message in damaged:
+        config.unlink()
+        if text is not None:
+            config.write_text(text)
+        else:
+            config.with_name("other.yaml").write_text(whole)
+        assert cli.main([*train, f"run={tmp_path}/run"]) == 2
+        assert message in capsys.readouterr().err
+        config.write_text(whole)
+
+
+def test_a_run_changes_on_purpose_only(
+    trained: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *STEPS, "train.steps=4"]
+    rate = ["optimizer.learning_rate=1e-4", "train.micro_batch=2"]
+    assert cli.main([*arguments, *rate]) == 2
+    assert "--allow-change" in capsys.readouterr().err
+    assert cli.main([*arguments, "train.seed=3", "--allow-change", "train.seed"]) == 2
+    assert "may change in a run that goes on" in capsys.readouterr().err
+    allowed = ["--allow-change", "optimizer.learning_rate", "--allow-change", "train.micro_batch"]
+    assert cli.main([*arguments, *rate, *allowed]) == 0
+    kept = (tmp_path / "run" / "config.until-step-00000003.yaml").read_text()
+    assert "learning_rate: 0.001" in kept
+    assert "learning_rate: 0.0001" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_run_without_a_checkpoint_binds_nobody(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("half a con")
+    assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *STEPS]) == 0

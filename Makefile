@@ -5,7 +5,7 @@ RECIPE ?= fisher
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo study study-smoke test unit check bench gpu clean
+.PHONY: help demo study study-smoke test unit check soak bench gpu clean
 
 help: ## these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ check: .venv/ready ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: .venv/ready ## 100 kills and 100,000 damaged inputs; hours
+	$(BIN)/python tests/soak/soak.py --kills 100 --report docs/soak.md
+	SHEAR_TRON_FUZZ=100000 $(BIN)/python -m pytest tests/unit/test_fuzz.py
 
 bench: .venv/ready ## the kernel benchmark; without a GPU its roofline and the ahead-of-time table
 	$(BIN)/python kernels/bench/run.py

@@ -47,14 +47,9 @@ class Trainer:
     """One run on this rank: model, optimizer, data, and masks if it prunes."""
 
     def __init__(
-        self,
-        plan: Plan,
-        inputs: Inputs,
-        topology: Topology,
-        compute: torch.dtype,
-        signals: Signals | None = None,
-        changed: Sequence[str] = (),
-    ) -> None:
+        self, plan: Plan, inputs: Inputs, topology: Topology, compute: torch.dtype,
+        signals: Signals | None = None, changed: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         """changed: keys of the config that were other before this run was stopped, and may be."""
         self.signals, self.changed = signals or Signals(), changed
         self.plan, self.inputs, self.topology, self.compute = plan, inputs, topology, compute
@@ -105,15 +100,15 @@ class Trainer:
         if self.topology.is_main:
             record_config(self.config, self.step)
         seen_by = viewers(self.run, self.step, self.config) if self.topology.is_main else []
-        title = "pruning" if self.pruner else "training"
-        log = Log(self.run, self.step, train.steps, title, self.topology.is_main, seen_by)
+        told_by = "pruning" if self.pruner else "training", self.topology.is_main, seen_by
+        log = Log(self.run, self.step, train.steps, *told_by)
         if resumed:
             log.say(f"going on from step {self.step} of {self.run}")
         log.write({"run": {"from_step": self.step} | facts(self.plan, self.topology, self.compute)})
         if self.mixture is None:
             self.mixture = self._start_mixture(log)
-        first = self.topology.dp_rank * self.share
-        batches = Batches(self.sampler, train.batch, first, first + self.share, self.mixture.weights)
+        rows = self.topology.dp_rank * self.share, (self.topology.dp_rank + 1) * self.share
+        batches = Batches(self.sampler, train.batch, *rows, self.mixture.weights)
         if self.cost:
             self.cost.time_dense(*self.held_out.rows(torch.arange(self.share)))
         self.signals.remember()
@@ -138,8 +133,8 @@ class Trainer:
                 self._tell(log, line)
                 self.health.require(line, self.checkpointer.last_good)
                 self._save(batches)
-            if self.health.skipped:
-                log.say(f"{self.health.skipped} of {self.step} steps were skipped: see `skipped` in {self.run / LOG}")
+            if skipped := self.health.skipped:
+                log.say(f"{skipped} of {self.step} steps were skipped: see `skipped` in {self.run / LOG}")
         finally:
             batches.close()
             log.close()
@@ -161,8 +156,9 @@ class Trainer:
             batches.set_weights(self.mixture.update(line["held_out"]))
 
     def _save_or_stop(self, batches: Batches) -> None:
-        every, healthy = self.config.checkpoint.every, not self.health.skipped_in_a_row
-        if self.stop_signal or (healthy and (self.save_is_due or (every and self.step % every == 0))):
+        every = self.config.checkpoint.every
+        due = (self.save_is_due or (every and self.step % every == 0)) and not self.health.skipped_in_a_row
+        if due or self.stop_signal:
             self._save(batches)
         if self.stop_signal:
             raise Stopped(self.stop_signal, f"step {self.step} of {self.config.train.steps} is saved in {self.run}")

@@ -49,8 +49,11 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(folder: Path) -> Path:
     """A folder with ``model`` (Hugging Face), ``data`` (prepared) and ``prune.yaml``, paths absolute."""
-    folder = tmp_path_factory.mktemp("world")
     write_text(folder / "text")
     write_tokenizer(folder / "tokenizer")
     generator = torch.Generator().manual_seed(0)

@@ -196,3 +196,36 @@ def test_tokens_outside_the_vocabulary_are_refused_in_any_layout(world: Path, tm
     for layout in (["parallel.tp=2"], []):
         overrides = [f"run={tmp_path}/run", f"data.folder={tmp_path}/data", *STEPS, *layout]
         assert run(2, on_ranks, str(world / "prune.yaml"), overrides) == [1, 1]
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_file_loses_nothing(
+    never: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As seen by a process whose files may not grow beyond a limit: a write fails where a full disk would fail it."""
+    import resource
+
+    from shear_tron.checkpoint.checkpointer import Checkpointer
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = Checkpointer.save
+
+    def full(self: Checkpointer, step: int, *rest: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if step == 4 else soft, hard))
+        try:
+            save(self, step, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(Checkpointer, "save", full)
+    arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *STEPS, "checkpoint.every=2"]
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "step 4 is not saved: rank 0: " in error
+    assert "File too large" in error
+    assert "Traceback" not in error
+    assert [found.name for found in sharded.checkpoints(tmp_path / "run")] == ["step-00000002"]
+    monkeypatch.undo()
+    assert cli.main(arguments) == 0
+    assert same_state(never, tmp_path / "run")
+    left = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert not [name for name in left if name.endswith(".partial")]

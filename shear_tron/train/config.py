@@ -9,7 +9,6 @@ from shear_tron.config import Section
 from shear_tron.data.config import DataConfig
 from shear_tron.parallel.config import ParallelConfig
 from shear_tron.pruning.config import PruneConfig
-from shear_tron.pruning.rotate import untied
 
 
 class TrainConfig(Section):
@@ -100,6 +99,8 @@ class RunConfig(Section):
 
     def source(self, architecture: Architecture) -> Architecture:
         """What this run trains, started from a model of ``architecture``: the same, or untied to be rotated."""
+        from shear_tron.pruning.rotate import untied  # needs torch, which `shear-tron config` does without
+
         if self.prune is None or not self.prune.rotate:
             return architecture
         return untied(architecture)

@@ -117,8 +117,8 @@ def _require_teacher(config: RunConfig, student: Architecture, world: int) -> No
     teacher = read_architecture(config.distill.teacher)
     if teacher.shape.vocab != student.shape.vocab:
         raise ConfigError(
-            f"distill.teacher={config.distill.teacher} has vocab={teacher.shape.vocab}, the model {student.shape.vocab}; "
-            "use a teacher with the model's tokenizer"
+            f"distill.teacher={config.distill.teacher} has vocab={teacher.shape.vocab}, the model "
+            f"{student.shape.vocab}; use a teacher with the model's tokenizer"
         )
     if config.data.sequence > teacher.context:
         raise ConfigError(

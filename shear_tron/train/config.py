@@ -83,11 +83,19 @@ class LogConfig(Section):
     wandb: str | None = None  # project at Weights & Biases; needs shear-tron[wandb]; offline with WANDB_MODE=offline
 
 
+class InitConfig(Section):
+    """Where a new run's weights come from: the newest checkpoint of another run of ``model``."""
+
+    run: str  # folder of that run, in any layout, pruning or not; masks are not taken over
+    optimizer: bool = False  # with its Adam moments
+
+
 class RunConfig(Section):
     """One run of ``shear-tron train``: pruning if ``prune`` is there, (continued) pre-training if not."""
 
     run: str  # folder of this run: its resolved config, log and checkpoints
     model: str  # a Hugging Face folder: config.json, safetensors, tokenizer
+    init_from: InitConfig | None = None  # none: the weights of model
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()

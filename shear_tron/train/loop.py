@@ -30,7 +30,7 @@ from shear_tron.train.evaluation import DomainLosses, HeldOut
 from shear_tron.train.facts import facts, peak_memory
 from shear_tron.train.health import Health
 from shear_tron.train.metrics import GATES, LOG, REFERENCES, Log, listed
-from shear_tron.train.moments import go_on_with
+from shear_tron.train.moments import go_on_with, start_from
 from shear_tron.train.optimizer import adamw, moments, set_updates, start_moments
 from shear_tron.train.plan import Inputs, Plan
 from shear_tron.train.pruner import Pruner
@@ -275,11 +275,13 @@ class Trainer:
         """Go on from the newest checkpoint. Returns its step; 0 where there is none."""
         checkpoint = self.checkpointer.latest()
         if checkpoint is None:
+            named: dict[str, Tensor] = {name: p for stage in self.stages for name, p in stage.named_parameters()}
+            tensors = moments(self.optimizer, named)
             if earlier := self.config.optimizer.moments:
-                named = {name: p for stage in self.stages for name, p in stage.named_parameters()}
-                tensors = moments(self.optimizer, named)
                 self.updates_before = go_on_with(earlier, self.run, tensors, self.topology.is_main)
-                set_updates(self.optimizer, self.updates_before)
+            elif start := self.config.init_from:
+                self.updates_before = start_from(start, named, tensors)
+            set_updates(self.optimizer, self.updates_before)
             return 0
         progress = sharded.progress(checkpoint)
         self.step, state = progress.step, progress.state

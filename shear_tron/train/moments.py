@@ -1,4 +1,4 @@
-"""Adam's moments across extraction: cut out of a pruning run by the indices that cut its weights, and gone on with.
+"""A run that starts where another is; across extraction, Adam's moments are cut by the indices that cut the weights.
 
 With a schedule that spans both runs, pruning and continued pre-training are one training that gets smaller on its way.
 """
@@ -18,6 +18,7 @@ from shear_tron.parallel.agree import require_all
 from shear_tron.params import params
 from shear_tron.pruning.extract import extract
 from shear_tron.pruning.make import read_method
+from shear_tron.train.config import InitConfig
 from shear_tron.train.run_folder import RunFolder
 
 MOMENTS = "moments"  # in the folder of the run that goes on: what it starts from, while it starts
@@ -34,6 +35,25 @@ def require_pruned_to(run: str, architecture: Architecture) -> None:
         raise ValueError(
             f"optimizer.moments={run} prunes to {target}, the model is {architecture.shape}; give the run that made it"
         )
+
+
+def require_same_model(init: InitConfig, architecture: Architecture) -> None:
+    """ValueError unless ``init`` names a run of a model of this architecture with a checkpoint."""
+    source = RunFolder.open(init.run).source
+    if source != architecture:
+        raise ValueError(
+            f"init_from.run={init.run} trains {source.shape}, not this model's {architecture.shape}; give one that does"
+        )
+
+
+def start_from(init: InitConfig, parameters: dict[str, Tensor], moments: dict[str, Tensor]) -> int:
+    """Fill parameters, and moments if asked for, from another run. Collective. Returns the moments' updates."""
+    run = RunFolder.open(init.run)
+    sharded.load(run.checkpoint, {name: p.detach() for name, p in parameters.items()})
+    if not init.optimizer:
+        return 0
+    sharded.read_into(moments, run.checkpoint)
+    return updates(run)
 
 
 def go_on_with(run: str, own: Path, moments: dict[str, Tensor], is_main: bool) -> int:

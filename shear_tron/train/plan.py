@@ -19,7 +19,7 @@ from shear_tron.reading import parse_yaml, read_text
 from shear_tron.shape import Shape
 from shear_tron.train import viewers
 from shear_tron.train.config import RunConfig
-from shear_tron.train.moments import require_pruned_to
+from shear_tron.train.moments import require_pruned_to, require_same_model
 from shear_tron.train.run_folder import CONFIG
 
 
@@ -102,6 +102,10 @@ def inputs(plan: Plan) -> Inputs:
     checkpoint = sharded.latest(Path(config.run))
     if config.optimizer.moments and checkpoint is None:
         require_pruned_to(config.optimizer.moments, plan.architecture)
+    if config.init_from and checkpoint is None:
+        if config.optimizer.moments or (config.prune and config.prune.rotate):
+            raise ConfigError("init_from goes with neither optimizer.moments nor prune.rotate; leave one of them out")
+        require_same_model(config.init_from, plan.architecture)
     if checkpoint is not None:
         sharded.progress(checkpoint)  # it is whole
     teacher = None

@@ -138,3 +138,29 @@ def test_a_run_without_a_checkpoint_binds_nobody(world: Path, tmp_path: Path) ->
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("half a con")
     assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *STEPS]) == 0
+
+
+def test_a_new_run_starts_from_another(
+    trained: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights of the other run, and its moments if asked: a rate of nothing leaves them as they are."""
+    import torch
+
+    plain = ["prune=null", "train.steps=1", "data.update_every=0", "optimizer.learning_rate=1e-30"]
+    before = sharded.Reader(sharded.latest(trained) or trained)
+    for moments in ("false", "true"):
+        start = [f"init_from={{run: {trained}, optimizer: {moments}}}", f"run={tmp_path}/{moments}"]
+        assert cli.main(["train", str(world / "prune.yaml"), *plain, *start]) == 0
+        after = sharded.Reader(sharded.latest(tmp_path / moments) or tmp_path)
+        for name in ("embed", "layers.0.up", "norm"):
+            assert torch.equal(before.read(name), after.read(name))
+        progress = sharded.progress(sharded.latest(tmp_path / moments) or tmp_path)
+        assert progress.state["updates_before"] == (3 if moments == "true" else 0)
+    warm, cold = (sharded.Reader(sharded.latest(tmp_path / name) or tmp_path) for name in ("true", "false"))
+    name = "adam.layers.0.up.exp_avg"
+    torch.testing.assert_close(warm.read(name) - cold.read(name), 0.9 * before.read(name), rtol=1e-4, atol=1e-9)
+    capsys.readouterr()
+    for other, message in ((f"{world}/data", "is no run folder"), (f"{tmp_path}/none", "is no run folder")):
+        refused = [f"init_from={{run: {other}}}", f"run={tmp_path}/refused"]
+        assert cli.main(["train", str(world / "prune.yaml"), *plain, *refused]) == 2
+        assert message in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """Rotation in a run: second moments of the normed streams over some batches, then the weights turned, in any layout."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +59,7 @@ def rotate(engine: Engine, batches: Batches, config: RunConfig, weights: Turned,
         except (ValueError, OSError) as error:
             problem = f"the turned weights cannot be written: {error}"
     require_all(problem)
-    sharded.load(folder, {name: p.detach() for stage in stages for name, p in stage.named_parameters()})
+    sharded.read_into({name: p.detach() for stage in stages for name, p in stage.named_parameters()}, folder)
     require_all(None)  # all have read
     if topology.is_main:
         shutil.rmtree(folder)
@@ -68,7 +67,7 @@ def rotate(engine: Engine, batches: Batches, config: RunConfig, weights: Turned,
 
 
 def write_turned(weights: Turned, folder: Path) -> None:
-    """As a checkpoint that every layout reads."""
+    """As tensors that every layout reads."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     parameters = list(params(weights.architecture))
@@ -76,5 +75,3 @@ def write_turned(weights: Turned, folder: Path) -> None:
     for each in parameters:
         writer.write(each.name, weights.read(each.name))
     writer.close()
-    files = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
-    (folder / sharded.PROGRESS).write_text(json.dumps({"files": files}))

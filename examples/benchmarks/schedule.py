@@ -36,7 +36,7 @@ STEPS, WARMUP, EVERY, BATCH = 3200, 640, 20, 2
 RANKS = (2, 4, 8)
 RELOAD = 800  # a step at which units could be dealt to tensor-parallel ranks anew, by their logits
 
-# Multiply-adds of a token in LLaMA-2-7B at 4,096 tokens a sequence: a layer's projections, its gated MLP, its causal
+# Multiply-adds of a token in LLaMA-2-7B at 4,096 tokens per sequence: a layer's projections, its gated MLP, its causal
 # attention scores and sums, and the output head.
 LAYERS, ATTENTION, FFN, SCORES, HEAD = 32, 4 * 4096**2, 3 * 4096 * 11008, 4096 * 4096, 4096 * 32000
 

@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.split("\n")[0])
     parser.add_argument("--op", default="", metavar="TEXT", help="only ops whose name contains TEXT")
     parser.add_argument("--model", default="", metavar="TEXT", help="only model shapes whose name contains TEXT")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens a microbatch (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens per microbatch (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="timed runs of each row (default %(default)s)")
     parser.add_argument("--results", type=Path, default=HERE / "results.csv", help="CSV to append to")
     options = parser.parse_args(argv)

@@ -1,9 +1,9 @@
 """LM head and cross entropy in one op, so that the float32 [tokens, vocab] logits never exist at once.
 
 At 16,384 tokens and Llama-3's 128,256 words those logits and their gradient are 16.8 GB; a chunk of them is 0.5. The
-forward leaves the softmax's terms for the backward in x's dtype, where they fit (2 bytes a logit), so that three matrix
-products do; else the backward computes each chunk's logits again, a fourth product instead of the memory. The head may
-be a shard of the vocabulary; two small all-reduces of [tokens] numbers join the shards.
+forward leaves the softmax's terms for the backward in x's dtype, where they fit (2 bytes per logit), so that three
+matrix products do; else the backward computes each chunk's logits again, a fourth product instead of the memory. The
+head may be a shard of the vocabulary; two small all-reduces of [tokens] numbers join the shards.
 """
 
 from collections.abc import Callable

@@ -116,8 +116,8 @@ SHEARED_1_3B = Layer(2048, 16, 16, 128, 5504)
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shear_kernels.step_time", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=sorted(DEVICES), default="h100")
-    parser.add_argument("--rows", type=int, default=16384, help="tokens a microbatch (default %(default)s)")
-    parser.add_argument("--sequence", type=int, default=4096, help="tokens a sequence (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=16384, help="tokens per microbatch (default %(default)s)")
+    parser.add_argument("--sequence", type=int, default=4096, help="tokens per sequence (default %(default)s)")
     options = parser.parse_args(argv)
     device = DEVICES[options.device]
     print(f"Predicted ms of the kernels of a closed compact step, LLaMA-2-7B to 1.3B, on one {device.name},")

@@ -17,11 +17,11 @@ class DataConfig(Section):
     sequence: PositiveInt  # tokens a training window predicts
     # starting mixture, normalised: a weight a domain, "proportional" to their tokens, or a run folder: that run's final
     weights: dict[str, Share] | str = "proportional"
-    # a loss a domain, a JSON or YAML file of them, or "source": measured from the model before the first step
+    # a loss per domain, a JSON or YAML file of them, or "source": measured from the model before the first step
     reference_losses: dict[str, float] | str | None = None
     update_every: int = Field(0, ge=0)  # steps between updates of the mixture; 0: constant
     evaluate_every: int = Field(0, ge=0)  # steps between held-out evaluations without an update; 0: only at the end
-    evaluate_windows: PositiveInt = 32  # held-out windows a domain
+    evaluate_windows: PositiveInt = 32  # held-out windows per domain
     document_masking: bool = False  # attention does not cross documents of a window, positions restart in each
     mixture: MixtureConfig = MixtureConfig()
 

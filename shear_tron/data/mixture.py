@@ -96,7 +96,7 @@ class Mixture:
                 raise ValueError(f"weight {weight:.4g} of domain {name!r} is outside floor={floor}..ceiling={ceiling}")
 
     def update(self, losses: Mapping[str, float]) -> Weights:
-        """New weights from each domain's held-out loss (nats a token). A copy; also in ``weights``.
+        """New weights from each domain's held-out loss (nats per token). A copy; also in ``weights``.
 
         A domain whose loss is missing or not finite leaves all weights as they are, with a warning: raising or
         lowering the others would be a guess about it.

@@ -28,7 +28,7 @@ STEEPEST, FLATTEST = 3.0, 1e-4  # exponents searched
 
 @dataclass(frozen=True)
 class Curve:
-    """``L(N) = floor + scale / N**exponent`` nats a token, for N parameters (Hoffmann et al. 2022, at fixed tokens)."""
+    """``L(N) = floor + scale / N**exponent`` nats per token of N parameters (Hoffmann et al. 2022, at fixed tokens)."""
 
     floor: float
     scale: float
@@ -115,7 +115,7 @@ class ReferenceConfig(BaseModel):
 
 
 def reference_losses(config: ReferenceConfig) -> dict[str, float]:
-    """Each domain's reference loss, nats a token. Raises ValueError for sources that do not belong together."""
+    """Each domain's reference loss, nats per token. Raises ValueError for sources that do not belong together."""
     table: dict[FiniteFloat, dict[str, FiniteFloat]] = {}
     if config.losses is not None:
         table |= _read(config.losses)

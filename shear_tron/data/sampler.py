@@ -1,7 +1,7 @@
 """Which tokens make up sample number n: a pure function of the seed, n and the weights up to n.
 
 No rank, worker or batch size takes part, so any layout draws the same samples and a resumed run goes on exactly.
-The state is one number a domain.
+The state is one number per domain.
 """
 
 from collections.abc import Sequence

@@ -28,5 +28,5 @@ class ParallelConfig(Section):
         if self.pp == 1 and self.stages_per_rank > 1:
             raise ValueError(f"stages={self.stages_per_rank} with pp=1 has nothing to interleave; use pp >= 2")
         if self.schedule == "1f1b" and self.stages_per_rank > 1:
-            raise ValueError(f"schedule=1f1b holds one stage a rank, not {self.stages_per_rank}; use interleaved")
+            raise ValueError(f"schedule=1f1b holds one stage per rank, not {self.stages_per_rank}; use interleaved")
         return self

@@ -68,12 +68,12 @@ class Layout:
         microbatches = batch // micro_batch // self.dp
         if self.schedule == "interleaved" and microbatches % self.pp:
             raise ConfigError(
-                f"{microbatches} microbatches a data-parallel rank are no multiple of pp={self.pp}, which the "
+                f"{microbatches} microbatches per data-parallel rank are no multiple of pp={self.pp}, which the "
                 f"interleaved schedule needs; use train.batch={micro_batch * self.dp * self.pp} times a whole number"
             )
         if microbatches < self.pp:
             raise ConfigError(
-                f"{microbatches} microbatches a data-parallel rank leave pp={self.pp} stages idle; use "
+                f"{microbatches} microbatches per data-parallel rank leave pp={self.pp} stages idle; use "
                 f"train.batch >= {micro_batch * self.dp * self.pp}"
             )
 

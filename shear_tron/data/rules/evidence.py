@@ -14,7 +14,7 @@ Memory = Weights | None  # None before the first update, and always for a rule w
 class Evidence:
     """One evaluation. All fields are [domains], in one order."""
 
-    losses: Weights  # held out, nats a token, finite
+    losses: Weights  # held out, nats per token, finite
     references: Weights
     weights: Weights  # up to now; they sum to 1
     start: Weights  # at the run's start; they sum to 1

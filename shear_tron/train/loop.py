@@ -102,7 +102,7 @@ class Trainer:
         seen_by = viewers(self.run, self.step, self.config) if self.topology.is_main else []
         told_by = "pruning" if self.pruner else "training", self.topology.is_main, seen_by
         log = Log(self.run, self.step, train.steps, *told_by)
-        if resumed:
+        if resumed is not None:
             log.say(f"going on from step {self.step} of {self.run}")
         log.write({"run": {"from_step": self.step} | facts(self.plan, self.topology, self.compute)})
         if self.mixture is None:
@@ -113,7 +113,7 @@ class Trainer:
             self.cost.time_dense(*self.held_out.rows(torch.arange(self.share)))
         self.signals.remember()
         try:
-            if self.pruner and not self.step:
+            if self.pruner and resumed is None:
                 where = self.topology, self._own_microbatches(), log.say
                 begin_pruning(self.pruner, self.engine, batches, self.config, self.inputs.weights, *where)
             # where there are no steps, only units to choose
@@ -128,7 +128,7 @@ class Trainer:
                 self.health.require(line, self.checkpointer.last_good)
                 self._save_or_stop(batches)
             losses = self.held_out.losses(self.pruner.decided(final=True) if self.pruner else DENSE)
-            if not resumed or self.step > resumed:
+            if resumed is None or self.step > resumed:
                 line["held_out"] = losses
                 self._tell(log, line)
                 self.health.require(line, self.checkpointer.last_good)
@@ -271,8 +271,8 @@ class Trainer:
         }
         self.checkpointer.save(self.step, self._tensors(), state)
 
-    def _resume(self) -> int:
-        """Go on from the newest checkpoint. Returns its step; 0 where there is none."""
+    def _resume(self) -> int | None:
+        """Go on from the newest checkpoint. Returns its step; None where there is none."""
         checkpoint = self.checkpointer.latest()
         if checkpoint is None:
             named: dict[str, Tensor] = {name: p for stage in self.stages for name, p in stage.named_parameters()}
@@ -282,7 +282,7 @@ class Trainer:
             elif start := self.config.init_from:
                 self.updates_before = start_from(start, named, tensors)
             set_updates(self.optimizer, self.updates_before)
-            return 0
+            return None
         progress = sharded.progress(checkpoint)
         self.step, state = progress.step, progress.state
         self.updates_before = state["updates_before"]

@@ -92,16 +92,16 @@ def saved(job: Job) -> int:
     e, n, m, heads = job.compute_bytes, job.tokens, job.streams, shape.heads * shape.head_dim
     attention = 2 * heads + 2 * shape.kv_heads * shape.head_dim  # q, out; k, v
     if job.fused:
-        stream, wide, ffn = 2, 0, 3  # the input and the stream between the branches; gate, up and their product
+        stream, ffn = 2, 3  # the input and the stream between the branches; gate, up and their product
         if job.pruning:
-            stream, wide = 3, 2  # what attention adds; what the MLP adds, in float32, and times the layer's gate
+            stream = 4  # and what attention and MLP add
     else:
-        stream, wide, ffn = 4, 0, 4  # and each norm's x / rms; and silu(gate)
+        stream, ffn = 4, 4  # and each norm's x / rms; and silu(gate)
     if job.architecture.mlp == "gelu":
         ffn = 2  # up and what GELU makes of it
     per_token = e * 2 * shape.hidden  # the two normed inputs of products, gathered under sequence parallelism
     per_token += (e * attention + e * ffn * shape.ffn + WIDE * shape.heads) // tp
-    return n * per_token + m * shape.hidden * (e * stream + WIDE * wide)
+    return n * per_token + m * shape.hidden * e * stream
 
 
 def in_flight(job: Job, pp_rank: int) -> int:

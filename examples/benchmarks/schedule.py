@@ -54,7 +54,7 @@ def prune(out: Path, source: Path, balance: int) -> None:
     device, compute = precision(config)
     trainer = Trainer(planned, inputs(planned), topology.start(planned.layout, device), compute)
     assert trainer.pruner is not None
-    gates, step, records = trainer.pruner.gates, trainer.pruner.step, []
+    gates, step, records = trainer.pruner.method.gates, trainer.pruner.step, []
 
     def recorded(rate_factor: float) -> None:
         if trainer.step % EVERY == 0:

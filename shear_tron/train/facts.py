@@ -14,6 +14,7 @@ import torch
 
 from shear_tron.parallel.topology import Topology
 from shear_tron.params import count
+from shear_tron.train.metrics import Log
 from shear_tron.train.plan import Plan
 
 
@@ -35,6 +36,22 @@ def facts(plan: Plan, topology: Topology, compute: torch.dtype) -> dict[str, Any
         "target": target and asdict(target),
         "target_parameters": target and count(plan.architecture.resized(target)),
     }
+
+
+def open_log(log: Log, step: int, resumed: bool, plan: Plan, topology: Topology, compute: torch.dtype) -> None:
+    """Write what runs where, and say it in a line or two."""
+    found, config = facts(plan, topology, compute), plan.config
+    log.write({"run": {"from_step": step} | found})
+    size = f"{found['parameters']:,}" + (f" -> {found['target_parameters']:,}" if found["target"] else "")
+    tokens = config.train.steps * config.train.batch * config.data.sequence
+    layout = topology.layout
+    log.say(
+        f"{found['stage']} {size} parameters: {config.train.steps:,} steps, {tokens:,} tokens, on {layout.world} ranks "
+        f"(pp {layout.pp} x dp {layout.dp} x tp {layout.tp}) of {found['device']}, {found['compute']}; "
+        + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    )
+    if resumed:
+        log.say(f"going on from step {step} of {config.run}")
 
 
 def peak_memory(device: torch.device) -> int:

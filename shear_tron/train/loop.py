@@ -27,7 +27,7 @@ from shear_tron.pruning.snapshot import snapshot
 from shear_tron.train.begin import begin_pruning
 from shear_tron.train.claim import claimed, record_config
 from shear_tron.train.evaluation import DomainLosses, HeldOut
-from shear_tron.train.facts import facts, peak_memory
+from shear_tron.train.facts import open_log, peak_memory
 from shear_tron.train.health import Health
 from shear_tron.train.metrics import GATES, LOG, REFERENCES, Log, listed
 from shear_tron.train.moments import go_on_with, start_from
@@ -102,15 +102,15 @@ class Trainer:
         seen_by = viewers(self.run, self.step, self.config) if self.topology.is_main else []
         told_by = "pruning" if self.pruner else "training", self.topology.is_main, seen_by
         log = Log(self.run, self.step, train.steps, *told_by)
-        if resumed is not None:
-            log.say(f"going on from step {self.step} of {self.run}")
-        log.write({"run": {"from_step": self.step} | facts(self.plan, self.topology, self.compute)})
+        open_log(log, self.step, resumed is not None, self.plan, self.topology, self.compute)
         if self.mixture is None:
-            self.mixture = self._start_mixture(log)
+            with log.wait("losses of the source"):
+                self.mixture = self._start_mixture(log)
         rows = self.topology.dp_rank * self.share, (self.topology.dp_rank + 1) * self.share
         batches = Batches(self.sampler, train.batch, *rows, self.mixture.weights)
         if self.cost:
-            self.cost.time_dense(*self.held_out.rows(torch.arange(self.share)))
+            with log.wait("timing dense steps"):
+                self.cost.time_dense(*self.held_out.rows(torch.arange(self.share)))
         self.signals.remember()
         try:
             if self.pruner and resumed is None:
@@ -127,7 +127,8 @@ class Trainer:
                 self._tell(log, line)
                 self.health.require(line, self.checkpointer.last_good)
                 self._save_or_stop(batches)
-            losses = self.held_out.losses(self.pruner.decided(final=True) if self.pruner else DENSE)
+            with log.wait("final losses"):
+                losses = self.held_out.losses(self.pruner.decided(final=True) if self.pruner else DENSE)
             if resumed is None or self.step > resumed:
                 line["held_out"] = losses
                 self._tell(log, line)

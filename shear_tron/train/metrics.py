@@ -7,7 +7,8 @@ line that is not whole is not there.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Log:
     def __init__(
         self, run: Path, first: int, steps: int, title: str, is_main: bool, viewers: Sequence[Viewer] = ()
     ) -> None:
-        self.run = run if is_main else None
+        self.run, self.title = run if is_main else None, title
         self.viewers = viewers if is_main else ()
         for file in (run / LOG, run / GATES) if self.run else ():
             if file.exists():
@@ -71,6 +72,16 @@ class Log:
     def say(self, text: str) -> None:
         if self.run:
             self.bar.write(text, file=sys.stderr)
+
+    @contextmanager
+    def wait(self, why: str) -> Iterator[None]:
+        """Say on the bar what is waited for; the time it takes counts for no step."""
+        self.bar.set_description_str(f"{self.title} ({why})")
+        try:
+            yield
+        finally:
+            self.bar.unpause()
+            self.bar.set_description_str(f"{self.title}: ", refresh=False)
 
     def close(self) -> None:
         self.bar.close()

@@ -53,6 +53,8 @@ def session(
         else:
             if ranks.is_main:
                 print(json.dumps({"run": plan.config.run, "held_out": losses}), flush=True)
+            verb, folder = ("extract", "small") if plan.target else ("export", "final")
+            _say(ranks, f"done; next: shear-tron {verb} {plan.config.run} models/{folder}")
             shortfall = _shortfall(plan, trainer)
             if shortfall:
                 _say(ranks, shortfall)

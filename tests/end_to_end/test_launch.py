@@ -1,6 +1,7 @@
 """`train --nproc`: ranks without torchrun, and one line where something is wrong."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,11 @@ def test_two_ranks_train(world: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)["held_out"]) == {"colours", "numbers", "trees"}
     assert (tmp_path / "run" / "checkpoints" / "step-00000008").exists()
+    said = done.stderr.replace("\r", "\n")
+    assert re.search(r"pruning [\d,]+ -> [\d,]+ parameters: 8 steps, 1,024 tokens, on 2 ranks \(pp 1 x dp 2", said)
+    for wait in ("losses of the source", "timing dense steps", "final losses"):
+        assert f"pruning ({wait})" in said
+    assert f"next: shear-tron extract {tmp_path}/run models/small" in said
 
 
 def test_a_layout_that_does_not_fit_is_said_once_and_starts_nothing(world: Path, tmp_path: Path) -> None:

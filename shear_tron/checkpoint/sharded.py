@@ -17,10 +17,6 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.tensor import DTensor
 
 from shear_tron.files import sha256
 from shear_tron.parallel.agree import AgreedError, require_all
@@ -124,6 +120,8 @@ def verify(checkpoint: Path, first: int = 0, step: int = 1) -> None:
 
 def require_finite(tensors: Mapping[str, Tensor], consequence: str) -> None:
     """AgreedError on all ranks where a tensor of any rank holds NaN or infinity. Collective."""
+    from torch.distributed.tensor import DTensor  # half a second that `show`, which only looks for checkpoints, saves
+
     problem = None
     for name, tensor in tensors.items():
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -149,6 +147,10 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_into(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Fill ``tensors`` in place from the safetensors files of a folder. Collective; AgreedError if they are damaged."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+
     try:
         load_distributed(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
     except CheckpointException as error:  # no Exception; all ranks get it
@@ -161,6 +163,8 @@ class Reader:
 
     def __init__(self, checkpoint: Path) -> None:
         """Every file is read once, to see that it is what was written. ValueError if not."""
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
         verify(checkpoint)
         try:
             metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata()

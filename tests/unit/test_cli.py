@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import yaml
 
 from shear_tron import cli
 from shear_tron.arguments import VERBS
+
+ROOT = Path(__file__).parents[2]
 
 LLAMA2 = {  # losses of LLaMA-2 7B, 13B and 70B, as the paper's authors measured them
     6738415616: {"cc": 1.7520, "c4": 1.9219},
@@ -62,6 +65,24 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_questions_about_usage_need_no_torch(arguments: list[str]) -> None:
     code = f"import sys; sys.modules['torch'] = None; from shear_tron import cli; cli.main({arguments})"
     assert python("-c", code).stderr == ""
+
+
+def test_show_imports_no_engine() -> None:
+    """torch is a second to wait for; its distributed tensors and checkpoints would be half a second more."""
+    code = (
+        "import sys; from shear_tron import cli; cli.main(['show', 'examples/sheared-llama/prune-1.3b.yaml']); "
+        "print([name for name in ('torch.distributed.tensor', 'torch.distributed.checkpoint', 'datatrove') "
+        "if name in sys.modules])"
+    )
+    assert python("-c", code, cwd=ROOT).stdout.splitlines()[-1] == "[]"
+
+
+def test_a_wheel_has_every_file_that_is_no_code() -> None:
+    """A checkout hides what package-data forgets."""
+    given = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["shear_tron"]
+    package = ROOT / "shear_tron"
+    there = {str(file.relative_to(package)) for file in package.rglob("*") if file.is_file()}
+    assert {name for name in there if not name.endswith((".py", ".pyc"))} == set(given)
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:

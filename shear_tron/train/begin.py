@@ -26,7 +26,8 @@ def begin_pruning(
 
     microbatches: this rank's, of the global batch.
     """
-    say(f"scoring units on {pruner.config.batches_before} batches")
+    if pruner.config.batches_before:
+        say(f"scoring units on {pruner.config.batches_before} batches")
     if isinstance(weights, Turned):
         say("turning the residual stream to its principal axes")
         pruner.set_energy(rotate(engine, batches, config, weights, topology))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import InMemory
 from ranks import run
 from torch import Tensor, nn
 
@@ -30,19 +31,13 @@ LAYOUTS = {
 }
 
 
-class InMemory:
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        model = Transformer(SOURCE).double()
-        for name, parameter in model.named_parameters():
-            nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
-        self.weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    def read(self, name: str) -> Tensor:
-        return self.weights[name].clone()
-
-    def read_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        return self.weights[name].narrow(axis, start, stop - start).clone()
+def start_weights() -> InMemory:
+    """The weights to start from, the same on every rank."""
+    torch.manual_seed(0)
+    model = Transformer(SOURCE).double()
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    return InMemory({name: parameter.detach() for name, parameter in model.named_parameters()})
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -54,7 +49,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 def seen(layout: Layout) -> dict[str, Tensor]:
     topology = start(layout, torch.device("cpu"))
     stages = [
-        shard(stage, InMemory(), topology, torch.float64, torch.float64)
+        shard(stage, start_weights(), topology, torch.float64, torch.float64)
         for stage in build_stages(SOURCE, topology, "none")
     ]
     engine = Engine(stages, topology, BATCH // layout.dp, 1, TIME, torch.float64)
@@ -81,7 +76,7 @@ def test_every_layout_sees_the_same(layout: Layout) -> None:
 def test_what_is_seen_is_what_hooks_of_transformers_see(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    write(tmp_path / "model", SOURCE, InMemory().weights.items(), dtype=torch.float32)
+    write(tmp_path / "model", SOURCE, start_weights().weights.items(), dtype=torch.float32)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "model").double()
     inputs: dict[str, list[Tensor]] = {}
     outputs: dict[str, list[Tensor]] = {}

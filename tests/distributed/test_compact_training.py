@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import InMemory
 from ranks import run
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -69,21 +70,13 @@ CASES = [
 Result = dict[str, Tensor]
 
 
-class InMemory:
+def start_weights() -> InMemory:
     """The weights to start from, the same on every rank."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        model = Transformer(Architecture(SOURCE)).double()
-        for name, parameter in model.named_parameters():
-            nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
-        self.weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    def read(self, name: str) -> Tensor:
-        return self.weights[name].clone()
-
-    def read_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        return self.weights[name].narrow(axis, start, stop - start).clone()
+    torch.manual_seed(0)
+    model = Transformer(Architecture(SOURCE)).double()
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    return InMemory({name: parameter.detach() for name, parameter in model.named_parameters()})
 
 
 def train(prune: PruneConfig, topology: Topology) -> Result:
@@ -93,7 +86,7 @@ def train(prune: PruneConfig, topology: Topology) -> Result:
     microbatches], the hidden columns a microbatch ran on; of this rank's share of the batch.
     """
     stages = build_stages(Architecture(SOURCE), topology, "none")
-    stages = [shard(stage, InMemory(), topology, torch.float64, torch.float64) for stage in stages]
+    stages = [shard(stage, start_weights(), topology, torch.float64, torch.float64) for stage in stages]
     share, dp_rank = BATCH // topology.layout.dp, topology.dp_rank
     count = share // MICRO_BATCH
     engine = Engine(stages, topology, count, MICRO_BATCH, TIME, torch.float64)
@@ -104,7 +97,7 @@ def train(prune: PruneConfig, topology: Topology) -> Result:
     way: list[Result] = []
     for step in range(-pruner.config.batches_before, STEPS):
         if step == 0:
-            pruner.begin(InMemory().read)
+            pruner.begin(start_weights().read)
         generator = torch.Generator().manual_seed(3000 + step)
         windows = torch.randint(SOURCE.vocab, (BATCH, TIME + 1), generator=generator).split(share)[dp_rank]
         sampled, gated = pruner.sample(step, range(dp_rank * count, (dp_rank + 1) * count))
@@ -167,7 +160,7 @@ def test_the_run_prunes() -> None:
     assert out.sum() > 10
     assert out[:, 1:-1].any(0).any()  # a layer that a rank in the middle of the deep pipeline holds alone
     assert (out[:-1] & ~out[1:]).any()  # and layers come back
-    moved = {name: (reference()[name] - weight).abs().max() for name, weight in InMemory().weights.items()}
+    moved = {name: (reference()[name] - weight).abs().max() for name, weight in start_weights().weights.items()}
     assert min(moved.values()) > RATE
 
 

@@ -124,7 +124,9 @@ class Run:
         if mixture:
             data |= {"mixture": mixture, "update_every": every, "reference_losses": self._references()}
         values = small.training(self.folder, name, model, steps, training["batch"], self.rate, **data)
-        values["train"] |= {"micro_batch": training["micro_batch"], "seed": self.seed}
+        values["train"] |= {"seed": self.seed}
+        if name == "prune":
+            values["train"]["micro_batch"] = training["micro_batch"]
         values["optimizer"] |= {
             "warmup_steps": max(1, round(training["warmup"] * of)),
             "min_learning_rate": training["min_learning_rate"],

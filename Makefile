@@ -5,7 +5,7 @@ RECIPE ?= fisher
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo study study-smoke test unit check soak bench gpu clean
+.PHONY: help demo study study-smoke test unit slow check soak bench gpu clean
 
 help: ## these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +25,10 @@ test: .venv/ready check ## style, types and every test
 	$(BIN)/python -m pytest
 
 unit: .venv/ready ## the fast laws, in seconds
-	$(BIN)/python -m pytest -x -m 'not slow' tests/unit
+	$(BIN)/python -m pytest -x -m 'not slow and not rehearsal' tests/unit
+
+slow: .venv/ready ## the rehearsals: tests that take minutes, beside `make test`
+	$(BIN)/python -m pytest -m rehearsal
 
 check: .venv/ready ## style and types
 	$(BIN)/ruff check .

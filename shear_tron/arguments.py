@@ -70,11 +70,11 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--gpu", default="h100", help="a line of the table of devices")
         sub.add_argument("--gpus-per-node", type=int, default=None)
         sub.add_argument("--devices", default=None, help="your table; default: shear_tron/forecast/devices.yaml")
-        sub.add_argument("--model", default=None, help="without a config: a Hugging Face folder or a known name")
+        sub.add_argument("--model", default=None, help="without a config: a model's folder, Hub id or known name")
         sub.add_argument("--parameters", default=None, help="without a config: size of the target, such as 1.3B")
         sub.add_argument("--tokens", default="50B", help="of stage 2, where it has no config")
     if verb == "init":
-        sub.add_argument("model", help="Hugging Face folder")
+        sub.add_argument("model", help="Hugging Face folder or Hub id (org/name)")
         sub.add_argument("--target", required=True, help="parameters to shear to, such as 3B")
         sub.add_argument("--data", required=True, help="folder made by prepare, or of text: one domain per subfolder")
         sub.add_argument("--tokens", default="0.4B", help="to prune with; the paper's 0.4B by default")
@@ -104,6 +104,7 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("output", help="folder (for gguf: file) to write; must not exist")
         sub.add_argument("--step", type=int, default=None, help="checkpoint to take; default: the newest")
         sub.add_argument("--model", default=None, help="where the run's source model is; default: where it was")
+        sub.add_argument("--tokenizer", default=None, help="where its tokenizer is; default: where it was")
         sub.add_argument("--to", choices=["huggingface", "nanotron", "gguf"], default="huggingface")
         sub.add_argument("--flavour", choices=["main", "0.4"], default="main", help="of nanotron")
         sub.add_argument("--tp", type=int, default=1, help="pieces of every tensor, for nanotron; any can be read")
@@ -111,7 +112,7 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
     if verb == "import":
         sub.add_argument("checkpoint", help="folder that nanotron saved, or state dict of LLM-Shearing")
         sub.add_argument("output", help="Hugging Face folder to write; must not exist")
-        sub.add_argument("--tokenizer", required=True, help="folder of the model's tokenizer")
+        sub.add_argument("--tokenizer", required=True, help="folder or Hub id of the model's tokenizer")
         sub.add_argument("--target", help="to cut LLM-Shearing's masked model to: hidden=..,layers=..,heads=..,ffn=..")
     if verb in ("extract", "export", "import"):
         default = None if verb == "import" else "float32"  # None: as it is stored
@@ -119,15 +120,16 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16", *q8_0], default=default)
 
     if verb == "eval":
-        sub.add_argument("models", nargs="+", metavar="model", help="Hugging Face folder or nanotron checkpoint")
+        sub.add_argument("models", nargs="+", metavar="model", help="folder (Hugging Face, nanotron) or Hub id")
         sub.add_argument("data", help="made by `shear-tron prepare` with the models' tokenizer")
         sub.add_argument("--sequence", type=int, default=2048, help="tokens of a window; default: 2048")
         sub.add_argument("--windows", type=int, default=64, help="held-out windows of each domain; default: 64")
         sub.add_argument("--batch", type=int, default=1, help="windows at a time")
         sub.add_argument("--json", metavar="FILE", help="write all numbers there")
     if verb == "generate":
-        sub.add_argument("model", help="Hugging Face folder")
+        sub.add_argument("model", help="folder (Hugging Face, nanotron) or Hub id")
         sub.add_argument("prompt")
+        sub.add_argument("--tokenizer", default=None, help="its folder or Hub id; default: the model's own")
         sub.add_argument("--tokens", type=int, default=128, help="at most; default: 128")
         sub.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token each time")
         sub.add_argument("--seed", type=int, default=0)

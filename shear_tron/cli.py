@@ -154,7 +154,7 @@ def export(arguments: argparse.Namespace) -> None:
 def _run_folder(arguments: argparse.Namespace) -> "RunFolder":
     from shear_tron.train.run_folder import RunFolder
 
-    return RunFolder.open(arguments.run, arguments.step, arguments.model)
+    return RunFolder.open(arguments.run, arguments.step, arguments.model, arguments.tokenizer)
 
 
 def _form(arguments: argparse.Namespace) -> "Form":
@@ -208,7 +208,7 @@ def eval_(arguments: argparse.Namespace) -> None:
 def generate(arguments: argparse.Namespace) -> None:
     from shear_tron.use.generate import generate as run
 
-    options = {key: getattr(arguments, key) for key in ("tokens", "temperature", "seed", "chat")}
+    options = {key: getattr(arguments, key) for key in ("tokens", "temperature", "seed", "chat", "tokenizer")}
     run(arguments.model, arguments.prompt, say=lambda text: print(text, end="", flush=True), **options)
     print()
 

@@ -32,6 +32,7 @@ from shear_tron.data.shards import WORK, Encoding, Read, Receipt, Sign, Task, To
 from shear_tron.data.stats import stats
 from shear_tron.data.tasks import DomainSource, plan
 from shear_tron.data.tokenizer import Tokenizer, load
+from shear_tron.hub import located
 
 __all__ = ["DomainSource", "PrepareConfig", "prepare", "stats"]
 
@@ -51,7 +52,7 @@ class PrepareConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     output: str  # folder for shards and domains.json
-    tokenizer: str  # a tokenizer.json, a SentencePiece tokenizer.model, or a folder that holds one
+    tokenizer: str  # a tokenizer.json, a SentencePiece tokenizer.model, or a folder or Hub id that holds one
     domains: dict[str, DomainSource] = Field(min_length=1)  # by name
     held_out: float = Field(default=0.01, ge=0, lt=1)  # share of documents, chosen by the hash of their text
     bos: bool = False  # whether every document opens with the tokenizer's bos
@@ -125,7 +126,7 @@ def _encoding(config: PrepareConfig, tokenizer: Tokenizer) -> Encoding:
             raise ValueError(f"tokenizer={config.tokenizer} names no eos token; give a separator, or '' for none")
         separator = tokenizer.id(token)
     # Ids up to 65,535 fit 2 bytes.
-    return Encoding(os.path.abspath(config.tokenizer), bos, separator, 2 if tokenizer.vocab <= 2**16 else 4)
+    return Encoding(os.path.abspath(located(config.tokenizer)), bos, separator, 2 if tokenizer.vocab <= 2**16 else 4)
 
 
 def _receipt(output: str, token_bytes: int, task: Task) -> Receipt | None:

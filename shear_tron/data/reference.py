@@ -19,6 +19,7 @@ from tqdm import tqdm
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.sampler import held_out
 from shear_tron.files import write_atomically
+from shear_tron.hub import located
 from shear_tron.reading import parse_yaml, read_text
 
 log = getLogger(__name__)
@@ -105,7 +106,7 @@ class ReferenceConfig(BaseModel):
 
     parameters: int | None = Field(default=None, gt=0)  # of the target, embeddings included
     losses: str | None = None  # YAML file {parameters: {domain: loss}} of sizes measured elsewhere
-    models: list[str] = []  # Hugging Face folders to measure
+    models: list[str] = []  # Hugging Face folders or Hub ids to measure
     folder: str | None = None  # made by `shear-tron prepare` with the models' tokenizer
     sequence: int = Field(default=2048, gt=0)  # tokens of a window
     windows: int = Field(default=64, gt=0)  # held-out windows per domain
@@ -164,7 +165,7 @@ def measure(model: str, config: ReferenceConfig) -> tuple[int, dict[str, float]]
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     network: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        located(model, weights=True), dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )
     network = network.to(device).eval()
     losses = {}

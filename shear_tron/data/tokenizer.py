@@ -13,11 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from shear_tron.hub import located
 from shear_tron.reading import read_json
 
 
 class Tokenizer:
-    """A tokenizer.json, a SentencePiece ``*.model`` file, or a folder that holds one (tokenizer.json first).
+    """A tokenizer.json, a SentencePiece ``*.model`` file, or a folder or Hub id that holds one (tokenizer.json first).
 
     Text that spells a special token ("<|endoftext|>") is encoded as plain text, and no post-processor runs: which
     special tokens a document gets is decided by whoever calls, never by the text.
@@ -112,13 +113,14 @@ class Tokenizer:
 
 
 def find(path: str) -> Path:
-    """The tokenizer file at ``path`` or in that folder. Raises ValueError when there is none."""
+    """The tokenizer file at ``path``, in that folder, or of that Hub id. Raises ValueError when there is none."""
+    given, path = path, located(path)
     if Path(path).is_file():
         return Path(path)
     for name in ("tokenizer.json", "tokenizer.model"):
         if (Path(path) / name).is_file():
             return Path(path) / name
-    raise ValueError(f"tokenizer={path} is not a tokenizer; give a tokenizer.json, a tokenizer.model or their folder")
+    raise ValueError(f"tokenizer={given} is not a tokenizer; give a tokenizer.json, a tokenizer.model or their folder")
 
 
 def fingerprint(path: str) -> str:

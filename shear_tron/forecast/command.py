@@ -2,9 +2,9 @@
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 from shear_tron.architecture import Architecture
+from shear_tron.checkpoint.model_folder import is_here
 from shear_tron.config import ConfigError, load
 from shear_tron.forecast.devices import device
 from shear_tron.forecast.job import Job
@@ -48,7 +48,7 @@ def _stages(files: list[str], overrides: list[str], gpus: int) -> list[Stage]:
     for order, file in enumerate(files, 1):
         config = load(RunConfig, file, overrides)
         target = stages[-1].target if stages else None
-        if target is not None and not (Path(config.model) / "config.json").exists():
+        if target is not None and not is_here(config.model):
             found = stages[-1].job.architecture.resized(target)  # the model is yet to be made
         else:
             found = architecture(config.model)

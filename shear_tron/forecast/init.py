@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from shear_tron.checkpoint.huggingface import read_architecture
+from shear_tron.checkpoint.model_folder import read_architecture
 from shear_tron.config import ConfigError
 from shear_tron.data.documents import format_of
 from shear_tron.data.manifest import FILE, Manifest

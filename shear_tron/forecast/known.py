@@ -1,9 +1,8 @@
 """Sizes of well-known models, so that a shearing can be planned before anything is downloaded."""
 
-from pathlib import Path
-
 from shear_tron.architecture import Architecture
-from shear_tron.checkpoint.huggingface import read_architecture
+from shear_tron.checkpoint.model_folder import is_here, read_architecture
+from shear_tron.hub import is_id
 from shear_tron.shape import Shape
 
 SHAPES = {
@@ -19,8 +18,8 @@ SHAPES = {
 
 
 def architecture(model: str) -> Architecture:
-    """Of a Hugging Face folder, or of a model known by name. Raises ValueError where it is neither."""
-    if (Path(model) / "config.json").is_file():
+    """Of a folder or Hub id, or of a model known by name. Raises ValueError where it is none of them."""
+    if is_id(model) or is_here(model):
         return read_architecture(model)
     if model.lower() in SHAPES:
         return Architecture(SHAPES[model.lower()], context=4096)

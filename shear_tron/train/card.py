@@ -11,6 +11,7 @@ from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.huggingface_config import TOKEN_IDS
 from shear_tron.checkpoint.safetensors_stream import read_json
 from shear_tron.data.manifest import FILE, Manifest
+from shear_tron.hub import SCHEME, is_id
 from shear_tron.params import count
 from shear_tron.train import metrics
 from shear_tron.train.run_folder import RunFolder
@@ -74,8 +75,11 @@ def _logged(run: RunFolder) -> bool:
 
 
 def _called(run: RunFolder) -> str:
-    """The source model's name: a folder's last part, or what its config.json calls it."""
-    given = read_json(run.model / "config.json").get("_name_or_path")
+    """The source model's name: its Hub id, what its config.json calls it, or the folder's last part."""
+    if is_id(run.config.model):
+        return run.config.model.removeprefix(SCHEME)
+    config = run.model / "config.json"
+    given = read_json(config).get("_name_or_path") if config.exists() else None
     return str(given) if given and not Path(str(given)).is_absolute() else run.model.resolve().name
 
 

@@ -60,7 +60,7 @@ class OptimizerConfig(Section):
 class DistillConfig(Section):
     """Learning from a teacher, run forward in the same layout at every step; in pruning and in plain training."""
 
-    teacher: str  # a Hugging Face folder with the same tokenizer, such as the source
+    teacher: str  # a model with the same tokenizer, such as the source
     alpha: float = Field(default=0.5, gt=0, le=1)  # share of the divergence; the rest is the next-token loss
     temperature: float = Field(default=1.0, gt=0)  # of both models in the divergence
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the teacher; auto: that of train.precision
@@ -94,7 +94,8 @@ class RunConfig(Section):
     """One run of ``shear-tron train``: pruning if ``prune`` is there, (continued) pre-training if not."""
 
     run: str  # folder of this run: its resolved config, log and checkpoints
-    model: str  # a Hugging Face folder: config.json, safetensors, tokenizer
+    model: str  # a Hugging Face folder, a nanotron checkpoint, or a Hub id (org/name, hf://org/name@revision)
+    tokenizer: str | None = None  # a folder or Hub id; none: the model's own, which a nanotron checkpoint has not
     init_from: InitConfig | None = None  # none: the weights of model
     data: DataConfig
     train: TrainConfig

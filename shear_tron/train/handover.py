@@ -40,7 +40,9 @@ def require_samples(run: RunFolder, architecture: Architecture, form: Form, samp
             "samples: the run masks documents and nanotron's reader does not; leave --samples out and prepare "
             "nanotron's data for it"
         )
-    found = len(AutoTokenizer.from_pretrained(run.model, local_files_only=True, trust_remote_code=False).get_vocab())
+    found = len(
+        AutoTokenizer.from_pretrained(run.tokenizer, local_files_only=True, trust_remote_code=False).get_vocab()
+    )
     if found != architecture.shape.vocab:
         raise ValueError(
             f"samples: nanotron wants vocab={architecture.shape.vocab} to be the tokenizer's {found} entries; leave "
@@ -63,8 +65,8 @@ def hand_over(
     """
     config, output = run.config, output.resolve()
     with atomic(output) as partial:
-        said = write_model(partial, architecture, tensors, form, run.model)
-        _copy_tokenizer(run.model, partial / "tokenizer")
+        said = write_model(partial, architecture, tensors, form, run.tokenizer)
+        _copy_tokenizer(run.tokenizer, partial / "tokenizer")
         _write_samples(partial / SAMPLES, output / "tokenizer", run, samples)
         yaml_file = training(
             output,
@@ -81,11 +83,11 @@ def hand_over(
     return f"{said}; {samples} samples; torchrun run_train.py --config-file {output / 'config.yaml'}"
 
 
-def _copy_tokenizer(model: Path, folder: Path) -> None:
+def _copy_tokenizer(source: Path, folder: Path) -> None:
     folder.mkdir()
     for name in (*huggingface.TOKENIZER_FILES, "config.json"):  # AutoTokenizer may ask the config for its class
-        if (model / name).exists():
-            shutil.copyfile(model / name, folder / name)
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _write_samples(folder: Path, tokenizer: Path, run: RunFolder, samples: int) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.composer import Composer
-from shear_tron.checkpoint.huggingface import read_architecture
-from shear_tron.checkpoint.model_folder import Form, Model, open_model, write_model
+from shear_tron.checkpoint.model_folder import Form, Model, open_model, read_architecture, write_model
 from shear_tron.data.tokenizer import load
+from shear_tron.hub import located
 from shear_tron.masks import Masks
 from shear_tron.params import count
 from shear_tron.pruning.extract import extract
@@ -24,8 +24,8 @@ from shear_tron.train.outputs import shown
 def import_model(checkpoint: str, output: str, tokenizer: str, dtype: str | None, target: str | None = None) -> str:
     """Make a Hugging Face folder of a nanotron checkpoint, or of a state dict of the paper's released code (a file).
 
-    tokenizer: a folder; for a state dict it is the source model's, with config.json. dtype None keeps the stored one.
-    target: for the state dict of a pruning run that was not cut, what to cut out of it, such as
+    tokenizer: a folder or Hub id; for a state dict it is the source model's, with config.json. dtype None keeps the
+    stored one. target: for the state dict of a pruning run that was not cut, what to cut out of it, such as
     ``hidden=2048,layers=24,heads=16,ffn=5504``. Returns a sentence. ValueError where ``checkpoint`` is not whole or has
     another forward, the tokenizer has more ids, or a target is missing or not wanted.
     """
@@ -40,7 +40,7 @@ def import_model(checkpoint: str, output: str, tokenizer: str, dtype: str | None
     ids, rows = load(tokenizer).vocab, architecture.shape.vocab
     if ids > rows:
         raise ValueError(f"{tokenizer} has {ids} ids, {checkpoint} vocab={rows}; give the model's own tokenizer")
-    write_model(output, architecture, shown(tensors, architecture), Form(dtype=dtype), tokenizer)
+    write_model(output, architecture, shown(tensors, architecture), Form(dtype=dtype), located(tokenizer))
     return f"{output}: {count(architecture):,} parameters, {architecture.shape}"
 
 

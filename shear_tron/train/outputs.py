@@ -8,9 +8,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shear_tron.architecture import Architecture
-from shear_tron.checkpoint import huggingface, sharded
+from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.atomic import atomic
-from shear_tron.checkpoint.model_folder import Form, require_form, write_model
+from shear_tron.checkpoint.model_folder import Form, read_architecture, require_form, write_model
 from shear_tron.params import count, params
 from shear_tron.pruning.extract import extract as dense_model
 from shear_tron.pruning.make import read_method
@@ -44,7 +44,7 @@ def export(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
     """Write the weights of a (continued) pre-training run. Returns a sentence about it."""
     if run.config.prune is not None:
         raise ValueError(f"{run.path} is a pruning run; use `shear-tron extract {run.path} {output}`")
-    architecture = huggingface.read_architecture(run.model)
+    architecture = read_architecture(run.model)
     reader = sharded.Reader(run.checkpoint)
     tensors = ((param.name, reader.read(param.name)) for param in params(architecture))
     said = _write(run, output, architecture, architecture, tensors, form, samples)
@@ -67,10 +67,10 @@ def _write(
         require_samples(run, architecture, form, samples)
         return "; " + hand_over(run, Path(output), architecture, given, form, samples)
     if form.format != "huggingface":
-        said = write_model(output, architecture, given, form, run.model)
+        said = write_model(output, architecture, given, form, run.tokenizer)
         return f"; {said}" if said else ""
     with atomic(output) as partial:
-        write_model(partial, architecture, given, form, run.model)
+        write_model(partial, architecture, given, form, run.tokenizer)
         publish(run, partial, architecture, source, f"shear-tron {verb} {run.path} {output}")
     return ""
 

@@ -8,7 +8,8 @@ from pydantic import FiniteFloat, TypeAdapter
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import sharded
-from shear_tron.checkpoint.huggingface import Weights, architecture_config, read_architecture
+from shear_tron.checkpoint.huggingface_config import architecture_config
+from shear_tron.checkpoint.model_folder import Model, is_nanotron, open_model, read_architecture
 from shear_tron.config import ConfigError, load
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.mixture import Mixture
@@ -42,16 +43,16 @@ class Plan:
 class Inputs:
     """What a run reads, found to be whole and to belong together."""
 
-    weights: Weights | Turned
+    weights: Model | Turned
     manifest: Manifest
     names: tuple[str, ...]  # of domains, in the order in which the sampler knows them
     proportions: tuple[float, ...]  # starting weights
     references: dict[str, float] | None  # losses of the domains; None: measured from the model, or none wanted
-    teacher: Weights | None = None  # to learn from
+    teacher: Model | None = None  # to learn from
 
 
 def plan(config: RunConfig, world: int, architecture: Architecture | None = None) -> Plan:
-    """Check sizes against each other. Reads no more than the model's config.json. Raises ValueError in one line.
+    """Check sizes against each other. Of the model, only its sizes are read. Raises ValueError in one line.
 
     architecture: of a model that is yet to be made; default: that of ``config.model``.
     """
@@ -90,10 +91,9 @@ def inputs(plan: Plan) -> Inputs:
     """Open weights and data and check them against the model. Raises ValueError in one line."""
     config, shape = plan.config, plan.architecture.shape
     viewers.require(config.log)
-    weights: Weights | Turned = Weights.open(config.model, read_architecture(config.model))
-    if config.prune and config.prune.rotate:
-        weights = Turned(weights, read_architecture(config.model))
-    manifest = Manifest.read(config.data.folder, tokenizer=config.model, vocab=shape.vocab)
+    model = open_model(config.model)
+    weights = Turned(model, model.architecture) if config.prune and config.prune.rotate else model
+    manifest = Manifest.read(config.data.folder, tokenizer=tokenizer_of(config), vocab=shape.vocab)
     mixture = mixture_of(config, manifest)
     names, proportions = tuple(mixture), tuple(mixture.values())
     references = _references(config.data.reference_losses)
@@ -110,9 +110,20 @@ def inputs(plan: Plan) -> Inputs:
         sharded.progress(checkpoint)  # it is whole
     teacher = None
     if config.distill:
-        Manifest.read(config.data.folder, tokenizer=config.distill.teacher, vocab=shape.vocab)
-        teacher = Weights.open(config.distill.teacher, read_architecture(config.distill.teacher))
+        if not is_nanotron(config.distill.teacher):  # which has no tokenizer to be another
+            Manifest.read(config.data.folder, tokenizer=config.distill.teacher, vocab=shape.vocab)
+        teacher = open_model(config.distill.teacher)
     return Inputs(weights, manifest, names, proportions, references, teacher)
+
+
+def tokenizer_of(config: RunConfig) -> str:
+    """Where the tokenizer of a run's model is."""
+    if config.tokenizer is None and is_nanotron(config.model):
+        raise ConfigError(
+            f"model={config.model} is a nanotron checkpoint, which holds no tokenizer; set tokenizer to its folder or "
+            "Hub id"
+        )
+    return config.tokenizer or config.model
 
 
 def _require_teacher(config: RunConfig, student: Architecture, world: int) -> None:

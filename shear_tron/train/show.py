@@ -6,14 +6,14 @@ from typing import get_args
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.gguf import without_k_quants
-from shear_tron.checkpoint.huggingface_config import read_architecture
+from shear_tron.checkpoint.model_folder import is_here, read_architecture
 from shear_tron.checkpoint.nanotron_config import Flavour, require
 from shear_tron.config import ConfigError
 from shear_tron.data.manifest import Manifest
 from shear_tron.params import count, params
 from shear_tron.pruning.gates import LIMIT
 from shear_tron.train.config import RunConfig
-from shear_tron.train.plan import Plan, mixture_of, plan
+from shear_tron.train.plan import Plan, mixture_of, plan, tokenizer_of
 from shear_tron.train.schedule import learning_rate_factor
 
 # float32 weight, gradient and two moments of Adam
@@ -28,11 +28,12 @@ def show(config: RunConfig, world: int | None = None, source: RunConfig | None =
     """
     parallel = config.parallel
     architecture = None
-    if source is None and not (Path(config.model) / "config.json").exists():
-        raise ConfigError(
-            f"model={config.model} holds no config.json; if a pruning run is to make it, add --after with that run's "
-            "config"
-        )
+    if source is None and not is_here(config.model):
+        try:
+            read_architecture(config.model)
+        except ValueError as error:
+            hint = "if a pruning run is to make it, add --after with that run's config"
+            raise ConfigError(f"model={error}; {hint}") from None
     if source is not None:
         if source.prune is None:
             raise ConfigError("--after wants the config of a pruning run; this one has no `prune` section")
@@ -150,11 +151,11 @@ def _data(plan: Plan) -> list[str]:
     config, data = plan.config, plan.config.data
     if not Path(data.folder).exists():
         return [f"data     {data.folder} is not there yet: not checked"]
-    model = config.model if Path(config.model).exists() else None
-    manifest = Manifest.read(data.folder, tokenizer=model, vocab=plan.architecture.shape.vocab)
+    tokenizer = tokenizer_of(config) if config.tokenizer or is_here(config.model) else None
+    manifest = Manifest.read(data.folder, tokenizer=tokenizer, vocab=plan.architecture.shape.vocab)
     mixture = mixture_of(config, manifest)
     total, tokens = sum(mixture.values()), config.train.steps * config.train.batch * data.sequence
-    lines = [f"data     {data.folder}: made with this model's tokenizer" if model else f"data     {data.folder}"]
+    lines = [f"data     {data.folder}: made with this model's tokenizer" if tokenizer else f"data     {data.folder}"]
     for name, weight in mixture.items():
         has, held_out = manifest.domain(name).tokens(), manifest.domain(name).tokens("held_out") // data.sequence
         epochs = tokens * weight / total / has

@@ -1,4 +1,4 @@
-"""A finished model that computes logits: a Hugging Face folder by transformers, a nanotron checkpoint by our own."""
+"""A finished model that computes logits, by transformers: a Hugging Face folder, a nanotron checkpoint, a Hub id."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shear_tron.checkpoint.model_folder import is_nanotron, open_model
-from shear_tron.model.transformer import Transformer
-from shear_tron.params import count
+from shear_tron.checkpoint.huggingface_config import architecture_config, family_of
+from shear_tron.checkpoint.model_folder import Model, is_nanotron, open_model
+from shear_tron.checkpoint.names import stored
+from shear_tron.hub import located
 
 
 @dataclass(frozen=True)
@@ -22,28 +23,35 @@ class Network:
     device: torch.device
 
 
-def open_network(folder: str, device: str = "auto") -> Network:
-    """float32 on the CPU, bfloat16 elsewhere. ValueError for a folder that is no model."""
+def open_network(model: str, device: str = "auto") -> Network:
+    """float32 on the CPU, bfloat16 elsewhere. ValueError for what is no model."""
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
-    if is_nanotron(folder):
-        model = open_model(folder)
-        ours = Transformer(model.architecture).to(dtype)
-        with torch.no_grad():
-            for name in model.names():
-                ours.get_parameter(name).copy_(model.read(name))
-        ours = ours.to(place).eval()
-        return Network(count(model.architecture), ours, place)
-    theirs = load_transformers(folder, dtype).to(place).eval()
-    return Network(theirs.num_parameters(), lambda tokens: theirs(tokens).logits, place)
+    network = load_transformers(model, torch.float32 if place.type == "cpu" else torch.bfloat16).to(place).eval()
+    return Network(network.num_parameters(), lambda tokens: network(tokens).logits, place)
 
 
-def load_transformers(folder: str, dtype: torch.dtype) -> Any:
-    """The model of a Hugging Face folder, of whatever family transformers has."""
+def load_transformers(model: str, dtype: torch.dtype) -> Any:
+    """The model of a folder or Hub id, of whatever family transformers has."""
     from transformers import AutoModelForCausalLM
 
+    folder = located(model, weights=True)
+    if is_nanotron(folder):
+        return _filled(open_model(folder), dtype)
     if not (Path(folder) / "config.json").exists():
-        raise ValueError(f"{folder} is no model (it has no config.json); give a Hugging Face folder")
+        raise ValueError(f"{model} is no model (it has no config.json); give a Hugging Face folder or a Hub id")
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )
+
+
+def _filled(model: Model, dtype: torch.dtype) -> Any:
+    """transformers' network with the weights of ``model``."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**architecture_config(model.architecture, dtype))
+    network: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for tensor in stored(model.architecture, family_of(model.architecture).names):
+            parts = [model.read(param.name) for param in tensor.params]
+            network.get_parameter(tensor.name).copy_(tensor.pack(parts))
+    return network

@@ -12,19 +12,20 @@ NOUNS = ("shape", "architecture", "dims", "params", "masks", "keep")
 ARROWS = {
     "files": set(),
     "reading": set(),
+    "hub": set(),
     **{noun: set(NOUNS[:place]) for place, noun in enumerate(NOUNS)},
     "config": {"files", "reading"},
-    "data": {"config", "files", "reading"},
+    "data": {"config", "files", "reading", "hub"},
     "pruning": {*NOUNS, "config"},
     "model": set(NOUNS),
     "parallel": {*NOUNS, "model", "config"},
-    "checkpoint": {*NOUNS, "files", "reading", "parallel"},  # parallel.agree, no more
-    "train": {*NOUNS, "files", "reading", "config", "data", "pruning", "model", "parallel", "checkpoint"},
+    "checkpoint": {*NOUNS, "files", "reading", "hub", "parallel"},  # parallel.agree, no more
+    "train": {*NOUNS, "files", "reading", "hub", "config", "data", "pruning", "model", "parallel", "checkpoint"},
     "explain": {"config"},
     "report": {"config", "train"},
-    "use": {"params", "data", "model", "checkpoint"},
+    "use": {"hub", "data", "checkpoint"},
     "arguments": set(),
-    "forecast": {*NOUNS, "config", "data", "model", "parallel", "checkpoint", "train"},
+    "forecast": {*NOUNS, "hub", "config", "data", "model", "parallel", "checkpoint", "train"},
     "cli": {"arguments", "forecast", "use", "config", "explain", "data", "parallel", "train", "checkpoint", "report"},
     "__main__": {"cli"},
 }

@@ -98,13 +98,16 @@ def train(arguments: argparse.Namespace) -> int:
     from shear_tron.config import load
     from shear_tron.parallel import topology
     from shear_tron.parallel.launch import launch
-    from shear_tron.train.claim import claim_run_folder
+    from shear_tron.train.claim import claim_run_folder, fetch_copy
     from shear_tron.train.config import RunConfig
     from shear_tron.train.plan import inputs, plan, precision
 
     config = load(RunConfig, arguments.config, arguments.overrides)
     planned = plan(config, arguments.nproc or topology.world_size())
     device, _ = precision(config)
+    fetched = fetch_copy(config)
+    if fetched is not None:
+        print(f"shear-tron train: fetched step {fetched} from {config.checkpoint.upload}", file=sys.stderr, flush=True)
     inputs(planned)
     allowed = tuple(arguments.allow_change)
     claim_run_folder(config, allowed)

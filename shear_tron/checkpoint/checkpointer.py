@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from shear_tron.checkpoint import sharded
+from shear_tron.checkpoint.remote import Remote, in_one_line
 from shear_tron.files import sha256, sync, write_atomically
-from shear_tron.parallel.agree import AgreedError, gather_texts, require_all
+from shear_tron.parallel.agree import AgreedError, first_text, gather_texts, require_all
 
 PARTIAL = ".partial"
+
+log = getLogger(__name__)
 
 
 class Checkpointer:
@@ -39,13 +43,17 @@ class Checkpointer:
         minutes: after which ``is_late`` asks for the next one; 0: never.
         background: write in a thread, from a copy of the tensors in the host's memory. Training waits for the copy
             only, and for a save before that is not done yet.
+        upload: URL of a copy of the run that gets every checkpoint, and keeps as many; None: none. Where sending fails,
+            the run says so and goes on: the next checkpoint is sent too.
     """
 
     def __init__(
-        self, run: Path, keep: int, keep_every: int = 0, minutes: float = 0.0, background: bool = False
-    ) -> None:
+        self, run: Path, keep: int, keep_every: int = 0, minutes: float = 0.0, background: bool = False,
+        upload: str | None = None,
+    ) -> None:  # fmt: skip
         self.run, self.keep, self.keep_every, self.minutes = run, keep, keep_every, minutes
         self.background = background
+        self.remote = None if upload is None else Remote(upload)
         self.main = dist.get_rank() == 0
         self._saved: tuple[int, float] = (-1, time.monotonic())  # step, when
         self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())  # that one pins memory
@@ -128,6 +136,29 @@ class Checkpointer:
             files |= json.loads(text)
         content = sharded.sealed({"step": step, "files": files, "state": json.loads(state)})
         self._on_main(lambda: self._finish(final, partial, content), f"step {step} is not saved")
+        if self.remote is not None:
+            self._upload(self.remote, final, [final / name for name in mine])
+
+    def _upload(self, remote: Remote, checkpoint: Path, mine: list[Path]) -> None:
+        """Send a checkpoint, each rank its own files. Only a whole one is called so there."""
+        step = sharded.step_of(checkpoint)
+        parts: list[Callable[[], None] | None] = [
+            (lambda: remote.begin(step)) if self.main else None,
+            lambda: remote.send(mine, step),
+            (lambda: remote.finish(checkpoint, self.keep, self.keep_every)) if self.main else None,
+        ]
+        for part in parts:
+            problem = None
+            try:
+                if part is not None:
+                    part()
+            except Exception as error:  # each file system has errors of its own
+                problem = f"rank {dist.get_rank()}: {in_one_line(error)}"
+            found = first_text(problem, self._group)
+            if found is not None:
+                if self.main:
+                    log.warning("step %d was not sent to %s: %s; it is in %s", step, remote.url, found, checkpoint)
+                return
 
     def _on_main(self, work: Any, consequence: str) -> None:
         """Do ``work`` on the main rank, and wait for it on all. AgreedError where the file system refuses."""

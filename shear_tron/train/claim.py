@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shear_tron.checkpoint import sharded
+from shear_tron.checkpoint.remote import Remote, fetch_latest
 from shear_tron.config import ConfigError
 from shear_tron.config import save as save_config
 from shear_tron.parallel.agree import require_all
@@ -57,6 +58,20 @@ def claim_run_folder(config: RunConfig, allowed: tuple[str, ...] = ()) -> list[s
             )
         changed.append(key)
     return changed
+
+
+def fetch_copy(config: RunConfig) -> int | None:
+    """Where the run's folder has no checkpoint, bring the newest from ``checkpoint.upload``. Returns its step.
+
+    Raises ValueError in one line.
+    """
+    if config.checkpoint.upload is None:
+        return None
+    _require_own_folder(config)
+    remote = Remote(config.checkpoint.upload)
+    if remote.is_folder(Path(config.run)):
+        raise ConfigError(f"checkpoint.upload={config.checkpoint.upload} is the run's own folder; give another place")
+    return fetch_latest(remote, Path(config.run))
 
 
 @contextmanager

@@ -74,6 +74,8 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 2  # the newest that stay on disk
     keep_every: int = Field(default=0, ge=0)  # and those of steps that are multiples of it; 0: none
     background: bool = False  # train on while writing, from a copy in the host's memory
+    # a URL of fsspec (s3://bucket/run) where every checkpoint goes too; a run folder without one goes on from there
+    upload: str | None = None
 
 
 class LogConfig(Section):

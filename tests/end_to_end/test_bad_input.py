@@ -43,6 +43,7 @@ OVERRIDES = {
     "batch does not split": (["train.batch=8", "train.micro_batch=3"], "batch=8 is not a multiple of micro_batch=3"),
     "warm-up longer than the run": (["prune.warmup_steps=14"], "prune.warmup_steps=14"),
     "nothing to prune": (["prune.target={}"], "as large as the source"),
+    "copy to nowhere": (["checkpoint.upload=nowhere://x"], "=nowhere://x cannot be used (Protocol not known: nowhere)"),
     "references without a domain": (["data.reference_losses={trees: 1.0}"], "has no reference loss"),
 }
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -1,19 +1,23 @@
 """Stopped, killed or broken on any rank: what was done is kept, and the user hears why, once."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from ranks import run
 
 from shear_tron import cli
 from shear_tron.checkpoint import sharded
+from shear_tron.checkpoint.remote import Remote
 from shear_tron.train import metrics
 from shear_tron.train.loop import Trainer
 
@@ -186,8 +190,6 @@ def test_a_run_folder_is_one_run_at_a_time(
 
 
 def test_tokens_outside_the_vocabulary_are_refused_in_any_layout(world: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(world / "data", tmp_path / "data")
     for shard in (tmp_path / "data").rglob("train/*.ds"):
         tokens = np.fromfile(shard, dtype="<u2")
@@ -229,3 +231,68 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_file_loses_nothing(
     assert same_state(never, tmp_path / "run")
     left = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert not [name for name in left if name.endswith(".partial")]
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[fsspec.AbstractFileSystem]:
+    """fsspec's file system in memory, empty; its root is ``memory://bucket``."""
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+def test_a_run_whose_folder_is_lost_goes_on_from_its_copy_to_the_bit(
+    never: Path,
+    world: Path,
+    tmp_path: Path,
+    elsewhere: fsspec.AbstractFileSystem,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    upload = ["checkpoint.upload=memory://bucket/run", "checkpoint.background=true", "checkpoint.every=2"]
+    arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *STEPS, *upload]
+    monkeypatch.setattr(Trainer, "_update", Trainer._update)  # restored afterwards
+    interrupt(signal.SIGTERM)
+    assert cli.main(arguments) == 143
+    assert Remote("memory://bucket/run").steps() == [2, 3]
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "run")
+    elsewhere.pipe_file("/bucket/run/checkpoints/step-00000009/shard-00001-model-00001-of-00001.safetensors", b"half")
+    (sent,) = elsewhere.glob("/bucket/run/checkpoints/step-00000003/*.safetensors")
+    good = elsewhere.cat_file(sent)
+    elsewhere.pipe_file(sent, good[:-1] + bytes([good[-1] ^ 1]))
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    assert "memory://bucket/run cannot be fetched from: " in (error := capsys.readouterr().err)
+    assert "does not have its sha256" in error
+    elsewhere.pipe_file(sent, good)
+    assert cli.main([*arguments, "train.seed=3"]) == 2  # another run may not take it
+    assert "fetched step 3 from memory://bucket/run" in capsys.readouterr().err
+    assert cli.main([*arguments, "checkpoint.keep_every=4"]) == 0
+    assert same_state(never, tmp_path / "run")
+    assert untimed(never) == untimed(tmp_path / "run")
+    assert Remote("memory://bucket/run").steps() == [4, 6, 8]
+
+
+def test_ranks_send_their_own_files(never: Path, world: Path, tmp_path: Path) -> None:
+    settings = [f"run={tmp_path}/run", *STEPS, f"checkpoint.upload=file://{tmp_path}/copy"]
+    assert run(2, on_ranks, str(world / "prune.yaml"), settings) == [143, 143]
+    assert cli.main(["verify", f"{tmp_path}/copy"]) == 0
+    shutil.rmtree(tmp_path / "run")
+    assert cli.main(["train", str(world / "prune.yaml"), *settings]) == 0  # in another layout
+    for one, other in zip(untimed(never), untimed(tmp_path / "run"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-4)
+
+
+def test_a_run_goes_on_where_its_copy_cannot_be_written(
+    world: Path, tmp_path: Path, elsewhere: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("403: no key\nfor this")
+
+    monkeypatch.setattr(type(elsewhere), "put_file", refuse)
+    arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", "train.steps=2", "prune.warmup_steps=1"]
+    assert cli.main([*arguments, "checkpoint.upload=memory://bucket/run"]) == 0
+    (told,) = [record.message for record in caplog.records if "was not sent" in record.message]
+    assert told.startswith("step 2 was not sent to memory://bucket/run: rank 0: 403: no key for this; it is in ")

@@ -103,6 +103,8 @@ def test_folders_are_not_confused(
     ):
         assert cli.main([*train, f"run={run}"]) == 2
         assert message in capsys.readouterr().err
+    assert cli.main([*train, f"run={tmp_path}/run", f"checkpoint.upload=file://{tmp_path}/run"]) == 2
+    assert "is the run's own folder" in capsys.readouterr().err
     config = tmp_path / "run" / "config.yaml"
     whole = config.read_text()
     damaged = (("run: [", "though there are checkpoints beside it"), ("- 1", "not a config"), (None, "No such file"))

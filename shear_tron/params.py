@@ -126,5 +126,6 @@ def params(architecture: Architecture) -> Iterator[Param]:
 
 
 def count(architecture: Architecture) -> int:
-    """Number of parameters of a model."""
-    return sum(prod(param.size) for param in params(architecture))
+    """Number of parameters of a model, whose layers are alike."""
+    shape = architecture.shape
+    return sum(prod(row.size(shape)) * (shape.layers if row.where == "layer" else 1) for row in rows(architecture))

@@ -23,7 +23,6 @@ import multiprocess  # type: ignore[import-untyped]
 from datatrove.executor.local import LocalPipelineExecutor
 from loguru import logger as datatrove_log
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from tqdm import tqdm
 
 from shear_tron.data import slurm
 from shear_tron.data.duplicates import drop_duplicates
@@ -33,6 +32,7 @@ from shear_tron.data.stats import stats
 from shear_tron.data.tasks import DomainSource, plan
 from shear_tron.data.tokenizer import Tokenizer, load
 from shear_tron.hub import located
+from shear_tron.progress import bar
 
 __all__ = ["DomainSource", "PrepareConfig", "prepare", "stats"]
 
@@ -213,13 +213,13 @@ def _progress(tasks: list[Task], done: Callable[[Task], bool], title: str) -> It
 
     def watch() -> None:
         waiting = list(tasks)
-        with tqdm(total=sum(task.bytes for task in tasks), desc=title, unit="B", unit_scale=True) as bar:
+        with bar(title, sum(task.bytes for task in tasks), "B", unit_scale=True) as drawn:
             while waiting:
                 last = stop.wait(0.2)
                 ready = [task for task in waiting if done(task)]
                 waiting = [task for task in waiting if task not in ready]
-                bar.update(sum(task.bytes for task in ready))
-                bar.set_postfix_str(f"{len(tasks) - len(waiting)}/{len(tasks)} tasks", refresh=False)
+                drawn.update(sum(task.bytes for task in ready))
+                drawn.set_postfix_str(f"{len(tasks) - len(waiting)}/{len(tasks)} tasks", refresh=False)
                 if last:
                     return
         finished.set()

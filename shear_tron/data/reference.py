@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter
-from tqdm import tqdm
 
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.sampler import held_out
 from shear_tron.files import write_atomically
 from shear_tron.hub import located
+from shear_tron.progress import bar
 from shear_tron.reading import parse_yaml, read_text
 
 log = getLogger(__name__)
@@ -169,7 +169,7 @@ def measure(model: str, config: ReferenceConfig) -> tuple[int, dict[str, float]]
     )
     network = network.to(device).eval()
     losses = {}
-    with torch.inference_mode(), tqdm(desc=model, unit="window") as bar:
+    with torch.inference_mode(), bar(model, len(manifest.domains), "domains") as done:
         for name in manifest.domains:
             if not manifest.domains[name].held_out:
                 log.warning("domain %s has no held-out tokens and gets no reference loss", name)
@@ -180,6 +180,6 @@ def measure(model: str, config: ReferenceConfig) -> tuple[int, dict[str, float]]
                 total += float(
                     torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten().to(device), reduction="sum")
                 )
-                bar.update(len(batch))
             losses[name] = total / (len(windows) * config.sequence)
+            done.update()
     return network.num_parameters(), losses

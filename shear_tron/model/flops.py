@@ -1,6 +1,6 @@
 """What a step costs: the floating-point operations of its matrix products."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from math import prod
 
 from shear_tron.architecture import Architecture
@@ -9,7 +9,12 @@ from shear_tron.params import Row, by_leaf, matrices
 
 
 def flops(
-    architecture: Architecture, layers: Iterable[int], with_head: bool, tokens: int, time: int, keep: Keep | None = None
+    architecture: Architecture,
+    layers: Collection[int],
+    with_head: bool,
+    tokens: int,
+    time: int,
+    keep: Keep | None = None,
 ) -> int:
     """Operations, forward and backward, of these ``layers`` (and the output head) of a model.
 
@@ -22,13 +27,17 @@ def flops(
         axes = zip(row.size(architecture.shape), row.dims, strict=True)
         return [len(kept.axes[dim]) if dim in kept.axes else n for n, dim in axes]
 
+    def of_layer(kept: KeepLayer) -> int:
+        if kept.left_out:
+            return 0
+        return sum(prod(size(row, kept)) for row in matrices(architecture)) + time * size(table["q"], kept)[0]
+
     table = by_leaf(architecture)
     head = table["embed" if architecture.shape.tied else "lm_head"]
     outside = ALL if keep is None else keep.outside
     products = prod(size(head, outside)) if with_head else 0  # multiply-adds of a token, forward
-    for layer in layers:
-        kept = ALL if keep is None else keep.layer(layer)
-        if not kept.left_out:
-            products += sum(prod(size(row, kept)) for row in matrices(architecture))
-            products += time * size(table["q"], kept)[0]
+    if keep is None:
+        products += len(layers) * of_layer(ALL)
+    else:
+        products += sum(of_layer(keep.layer(layer)) for layer in layers)
     return 6 * tokens * products

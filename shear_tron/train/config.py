@@ -79,10 +79,12 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    """Where else the steps' numbers go; ``metrics.jsonl`` in the run's folder always has them."""
+    """The steps' numbers, and where else they go; ``metrics.jsonl`` in the run's folder always has them."""
 
     tensorboard: bool = False  # event files in the run's folder; needs shear-tron[tensorboard]
     wandb: str | None = None  # project at Weights & Biases; needs shear-tron[wandb]; offline with WANDB_MODE=offline
+    # of one rank's device, dense 16-bit, as its data sheet has it: what MFU is a share of; none: of H100, H200, A100
+    peak_tflops: float | None = Field(default=None, gt=0)
 
 
 class InitConfig(Section):

@@ -1,6 +1,6 @@
 """Losses by domain, over all ranks: of training batches, and of the held-out windows of every domain."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -71,8 +71,15 @@ class HeldOut:
         self.windows = torch.cat(windows)  # int64 [_, sequence + 1]
         self.domains = torch.cat([torch.full((len(w),), place) for place, w in enumerate(windows)])
 
-    def losses(self, context: Context) -> dict[str, float]:
-        """Held-out loss of each domain, nats per token, the same on all ranks. NaN where the model's loss is."""
+    def __len__(self) -> int:
+        """Windows."""
+        return len(self.windows)
+
+    def losses(self, context: Context, done: Callable[[int], object] = lambda _: None) -> dict[str, float]:
+        """Held-out loss of each domain, nats per token, the same on all ranks. NaN where the model's loss is.
+
+        done: told how many windows are done each time some are.
+        """
         layout, dp_rank, total = self.topology.layout, self.topology.dp_rank, len(self.windows)
         losses, places = [], []
         for first in range(0, total, self.share * layout.dp):
@@ -80,15 +87,16 @@ class HeldOut:
             found = self.engine.evaluate(*self.rows(rows), context)
             losses.append(self.engine.broadcast(found, self.share)[0])  # the next-token loss
             places.append(rows)
+            done(min(self.share * layout.dp, total - first))
         rows, found = torch.cat(places), torch.cat(losses)
         real = rows < total
         return DomainLosses.of(
             found[real.to(found.device)], self.domains[rows[real]], self.names, self.topology
         ).by_domain()
 
-    def losses_of_source(self, model: str) -> dict[str, float]:
+    def losses_of_source(self, model: str, done: Callable[[int], object]) -> dict[str, float]:
         """The losses of the dense model before any step. AgreedError where one is no number."""
-        losses = self.losses(DENSE)
+        losses = self.losses(DENSE, done)
         if broken := not_finite(losses):
             raise AgreedError(
                 f"the loss of {model} on {', '.join(broken)} is {losses[broken[0]]}; the model or the data is damaged"

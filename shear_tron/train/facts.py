@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shear_kernels import roofline
 
 from shear_tron.parallel.topology import Topology
 from shear_tron.params import count
@@ -52,6 +53,30 @@ def open_log(log: Log, step: int, resumed: bool, plan: Plan, topology: Topology,
     )
     if resumed:
         log.say(f"going on from step {step} of {config.run}")
+
+
+def spent(
+    flops: float, tokens: int, seconds: float, waited: float, topology: Topology, peak: float | None
+) -> dict[str, Any]:
+    """What a step took, for its log line. flops, tokens: of all ranks; waited: seconds, of them, for its batch."""
+    rate = flops / seconds / topology.layout.world
+    return {
+        "seconds": seconds,
+        "data_seconds": waited,
+        "tokens_per_second": tokens / seconds,
+        "tflops_per_rank": rate / 1e12,  # docs/report.md says what counts
+        "mfu": rate / peak if peak else None,
+        "peak_memory": peak_memory(topology.device),  # bytes, of this rank
+        "time": time.time(),  # seconds since 1970
+    }
+
+
+def data_sheet(device: torch.device, given: float | None) -> float | None:
+    """FLOP/s of dense 16-bit products, what MFU is a share of: ``given`` in TFLOP/s, or of a known GPU; else None."""
+    if given is not None:
+        return given * 1e12
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((each.flops for each in roofline.DEVICES if each.name.split()[0] in name), None)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from shear_tron.pruning.snapshot import snapshot
 from shear_tron.train.begin import begin_pruning
 from shear_tron.train.claim import claimed, record_config
 from shear_tron.train.evaluation import DomainLosses, HeldOut
-from shear_tron.train.facts import open_log, peak_memory
+from shear_tron.train.facts import data_sheet, open_log, spent
 from shear_tron.train.health import Health
 from shear_tron.train.metrics import GATES, LOG, REFERENCES, Log, listed
 from shear_tron.train.moments import go_on_with, start_from
@@ -58,7 +59,8 @@ class Trainer:
         readout = readout_of(self.config)
         stages = build_stages(plan.architecture, topology, train.activation_checkpointing, readout)
         self.stages = [shard(stage, inputs.weights, topology, torch.float32, compute) for stage in stages]
-        documents = self._document_ends if self.config.data.document_masking else None
+        ends = partial(document_ends, separator=inputs.manifest.separator, bos=inputs.manifest.bos)
+        documents = ends if self.config.data.document_masking else None
         counts = plan.microbatches, train.micro_batch, self.config.data.sequence
         self.engine = Engine(self.stages, topology, *counts, compute, documents)
         self.teacher: Teacher | None = None
@@ -68,6 +70,7 @@ class Trainer:
         self.optimizer = adamw((p for stage in self.stages for p in stage.parameters()), self.config.optimizer)
         layers, sequence = range(plan.architecture.shape.layers), self.config.data.sequence
         self.dense_flops = flops(plan.architecture, layers, True, train.batch * sequence, sequence)  # of a step
+        self.peak = data_sheet(topology.device, self.config.log.peak_tflops)
         self.pruner: Pruner | None = None
         self.cost: StepCost | None = None
         if self.config.prune is not None and plan.target is not None:
@@ -101,11 +104,10 @@ class Trainer:
             record_config(self.config, self.step)
         seen_by = viewers(self.run, self.step, self.config) if self.topology.is_main else []
         told_by = "pruning" if self.pruner else "training", self.topology.is_main, seen_by
-        log = Log(self.run, self.step, train.steps, *told_by)
+        self.log = log = Log(self.run, self.step, train.steps, *told_by)
         open_log(log, self.step, resumed is not None, self.plan, self.topology, self.compute)
         if self.mixture is None:
-            with log.wait("losses of the source"):
-                self.mixture = self._start_mixture(log)
+            self.mixture = self._start_mixture()
         rows = self.topology.dp_rank * self.share, (self.topology.dp_rank + 1) * self.share
         batches = Batches(self.sampler, train.batch, *rows, self.mixture.weights)
         if self.cost:
@@ -114,7 +116,7 @@ class Trainer:
         self.signals.remember()
         try:
             if self.pruner and resumed is None:
-                where = self.topology, self._own_microbatches(), log.say
+                where = self.topology, self._own_microbatches(), log
                 begin_pruning(self.pruner, self.engine, batches, self.config, self.inputs.weights, *where)
             # where there are no steps, only units to choose
             line: dict[str, Any] = {"step": 0, "tokens": 0, "weights": self._weights()}
@@ -124,14 +126,13 @@ class Trainer:
                 if self.step == train.steps:
                     break
                 self._evaluate(line, batches)
-                self._tell(log, line)
+                self._tell(line)
                 self.health.require(line, self.checkpointer.last_good)
                 self._save_or_stop(batches)
-            with log.wait("final losses"):
-                losses = self.held_out.losses(self.pruner.decided(final=True) if self.pruner else DENSE)
+            losses = self._held_out("final losses", final=True)
             if resumed is None or self.step > resumed:
                 line["held_out"] = losses
-                self._tell(log, line)
+                self._tell(line)
                 self.health.require(line, self.checkpointer.last_good)
                 self._save(batches)
             if skipped := self.health.skipped:
@@ -151,10 +152,15 @@ class Trainer:
         data = self.config.data
         mixes = bool(data.update_every) and self.step % data.update_every == 0
         if mixes or (data.evaluate_every and self.step % data.evaluate_every == 0):
-            line["held_out"] = self.held_out.losses(self.pruner.decided(final=False) if self.pruner else DENSE)
+            line["held_out"] = self._held_out(f"losses at step {self.step}")
         if mixes:
             assert self.mixture is not None
             batches.set_weights(self.mixture.update(line["held_out"]))
+
+    def _held_out(self, why: str, final: bool = False) -> dict[str, float]:
+        context = self.pruner.decided(final) if self.pruner else DENSE
+        with self.log.wait(why, len(self.held_out), "windows") as waiting:
+            return self.held_out.losses(context, waiting.update)
 
     def _save_or_stop(self, batches: Batches) -> None:
         every = self.config.checkpoint.every
@@ -220,22 +226,15 @@ class Trainer:
             "gradient_norm": float(norm),
             "learning_rate": optimizer.learning_rate * factor,
             **report,
-            "seconds": seconds,
-            "data_seconds": waited,  # of them, waiting for the batch
-            "tokens_per_second": tokens_in_batch / seconds,
-            "tflops_per_rank": report["flops"] / seconds / self.topology.layout.world / 1e12,  # docs/report.md
-            "peak_memory": peak_memory(self.topology.device),  # bytes, of this rank
-            "time": time.time(),  # seconds since 1970
+            **spent(report["flops"], tokens_in_batch, seconds, waited, self.topology, self.peak),
         }
 
-    def _document_ends(self, tokens: Tensor) -> Tensor:
-        return document_ends(tokens, self.inputs.manifest.separator, self.inputs.manifest.bos)
-
-    def _start_mixture(self, log: Log) -> Mixture:
+    def _start_mixture(self) -> Mixture:
         references = self.inputs.references
         if self.config.data.reference_losses == "source":
-            references = self.held_out.losses_of_source(self.config.model)
-            log.say("reference losses measured from the source: " + listed(references))
+            with self.log.wait("losses of the source", len(self.held_out), "windows") as waiting:
+                references = self.held_out.losses_of_source(self.config.model, waiting.update)
+            self.log.say("reference losses measured from the source: " + listed(references))
         if self.topology.is_main and references:
             write_atomically(self.run / REFERENCES, json.dumps(references, indent=1) + "\n")
         return self._mixture(references or {})
@@ -250,10 +249,10 @@ class Trainer:
         assert self.mixture is not None
         return dict(zip(self.inputs.names, self.mixture.weights.tolist(), strict=True))
 
-    def _tell(self, log: Log, line: dict[str, Any]) -> None:
-        log.tell(line, self.config.train.log_every)
+    def _tell(self, line: dict[str, Any]) -> None:
+        self.log.tell(line, self.config.train.log_every)
         if self.pruner and (self.step % max(1, self.config.train.steps // SNAPSHOTS) == 0 or "held_out" in line):
-            log.write({"step": self.step} | snapshot(self.pruner.method.expected()), GATES)
+            self.log.write({"step": self.step} | snapshot(self.pruner.method.expected()), GATES)
 
     def _tensors(self) -> dict[str, Tensor]:
         parameters = {name: p for stage in self.stages for name, p in stage.named_parameters()}
@@ -270,7 +269,8 @@ class Trainer:
             "mixture": self.mixture.state(),
             "references": self.mixture.references,
         }
-        self.checkpointer.save(self.step, self._tensors(), state)
+        with self.log.wait(f"saving step {self.step}"):
+            self.checkpointer.save(self.step, self._tensors(), state)
 
     def _resume(self) -> int | None:
         """Go on from the newest checkpoint. Returns its step; None where there is none."""

@@ -7,16 +7,19 @@ line that is not whole is not there.
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from shear_tron.files import write_atomically
+from shear_tron.progress import bar
 from shear_tron.train.viewers import Viewer, numbers
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LOG, GATES, REFERENCES = "metrics.jsonl", "gates.jsonl", "reference_losses.json"
 
@@ -27,21 +30,13 @@ class Log:
     def __init__(
         self, run: Path, first: int, steps: int, title: str, is_main: bool, viewers: Sequence[Viewer] = ()
     ) -> None:
-        self.run, self.title = run if is_main else None, title
+        self.run = run if is_main else None
         self.viewers = viewers if is_main else ()
         for file in (run / LOG, run / GATES) if self.run else ():
             if file.exists():
                 kept = [json.dumps(line) + "\n" for line in _readable(file) if _step(line) <= first]
                 write_atomically(file, "".join(kept))
-        self.bar = tqdm(
-            total=steps,
-            initial=first,
-            desc=title,
-            unit="step",
-            disable=not is_main,
-            file=sys.stderr,
-            dynamic_ncols=True,
-        )
+        self.bar = bar(title, steps, "step", not is_main, initial=first, leave=True)
 
     def write(self, values: Mapping[str, Any], file: str = LOG) -> None:
         if self.run:
@@ -59,10 +54,15 @@ class Log:
         if "skipped" in line:
             self.say(f"step {step} skipped: {line['skipped']}")
         if "held_out" in line:
-            self.say(f"step {step}: held-out loss {listed(line['held_out'])}")
+            self.say(f"step {step}: held-out loss {listed(line['held_out'])}{_state(line)}")
         if not step:
             return
         shown = {"loss": f"{line['loss']:.3f}", "tokens/s": f"{line['tokens_per_second']:.0f}"}
+        if line["mfu"] is None:
+            shown["TFLOP/s"] = f"{line['tflops_per_rank']:.3g}"
+        else:
+            shown["MFU"] = f"{line['mfu']:.0%}"
+        shown["GB"] = f"{line['peak_memory'] / 1e9:.3g}"
         if "expected_sparsity" in line:
             shown["sparsity"] = f"{line['expected_sparsity']:.2f}/{line['target_sparsity']:.2f}"
             shown["time"] = f"{line['seconds_to_dense']:.2f} of dense"
@@ -74,14 +74,15 @@ class Log:
             self.bar.write(text, file=sys.stderr)
 
     @contextmanager
-    def wait(self, why: str) -> Iterator[None]:
-        """Say on the bar what is waited for; the time it takes counts for no step."""
-        self.bar.set_description_str(f"{self.title} ({why})")
-        try:
-            yield
-        finally:
-            self.bar.unpause()
-            self.bar.set_description_str(f"{self.title}: ", refresh=False)
+    def wait(self, why: str, total: int | None = None, unit: str = "") -> Iterator["tqdm[Any]"]:
+        """Say what is waited for, on a bar of its own that is yielded; the time it takes counts for no step."""
+        began = time.time()
+        with bar(why, total, unit, self.run is None) as waiting:
+            yield waiting
+        if self.run:
+            passed = time.time() - began
+            self.bar.start_t += passed
+            self.bar.last_print_t += passed
 
     def close(self) -> None:
         self.bar.close()
@@ -90,8 +91,14 @@ class Log:
 
 
 def listed(losses: Mapping[str, float]) -> str:
-    """Losses by domain, for people."""
+    """Numbers by name, such as losses by domain, for people."""
     return ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+
+
+def _state(line: Mapping[str, Any]) -> str:
+    """Of the run, next to its losses: the mixture, and what is kept of every kind of unit."""
+    told = {"mixture": line["weights"], "kept": line.get("kept", {})}
+    return "".join(f"; {what} {listed(values)}" for what, values in told.items() if len(values) > 1)
 
 
 def _plain(value: Any) -> Any:

@@ -40,7 +40,7 @@ def import_model(checkpoint: str, output: str, tokenizer: str, dtype: str | None
     ids, rows = load(tokenizer).vocab, architecture.shape.vocab
     if ids > rows:
         raise ValueError(f"{tokenizer} has {ids} ids, {checkpoint} vocab={rows}; give the model's own tokenizer")
-    write_model(output, architecture, shown(tensors, architecture), Form(dtype=dtype), located(tokenizer))
+    write_model(output, architecture, shown(tensors, architecture, output), Form(dtype=dtype), located(tokenizer))
     return f"{output}: {count(architecture):,} parameters, {architecture.shape}"
 
 

@@ -5,13 +5,13 @@ from math import prod
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.atomic import atomic
 from shear_tron.checkpoint.model_folder import Form, read_architecture, require_form, write_model
 from shear_tron.params import count, params
+from shear_tron.progress import bar
 from shear_tron.pruning.extract import extract as dense_model
 from shear_tron.pruning.make import read_method
 from shear_tron.pruning.reached import missed, told
@@ -62,7 +62,7 @@ def _write(
 ) -> str:
     verb = "export" if run.config.prune is None else "extract"
     require_form(architecture, form)
-    given = shown(tensors, architecture)
+    given = shown(tensors, architecture, output)
     if samples:
         require_samples(run, architecture, form, samples)
         return "; " + hand_over(run, Path(output), architecture, given, form, samples)
@@ -75,9 +75,11 @@ def _write(
     return ""
 
 
-def shown(tensors: Iterable[tuple[str, Tensor]], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, with a bar of parameters at a terminal."""
-    with tqdm(total=count(architecture), unit=" parameters", unit_scale=True, disable=None) as bar:
+def shown(
+    tensors: Iterable[tuple[str, Tensor]], architecture: Architecture, output: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, with a bar of parameters."""
+    with bar(f"writing {output}", count(architecture), "parameters", unit_scale=True) as written:
         for name, tensor in tensors:
             yield name, tensor
-            bar.update(prod(tensor.shape))
+            written.update(prod(tensor.shape))

@@ -12,6 +12,7 @@ from shear_tron.parallel import topology
 from shear_tron.parallel.agree import AgreedError
 from shear_tron.parallel.failure import is_first_to_fail, lost_peer, silent_ranks
 from shear_tron.parallel.topology import Topology
+from shear_tron.progress import bar
 from shear_tron.pruning.reached import missed, told
 from shear_tron.train.loop import Trainer
 from shear_tron.train.plan import Inputs, Plan
@@ -37,7 +38,8 @@ def session(
     with Signals() as signals:  # also while telling what broke: a launcher ends the peers of a broken rank
         ranks = topology.start(plan.layout, device, plan.config.parallel.timeout)
         try:
-            trainer = Trainer(plan, inputs, ranks, compute, signals, changed)
+            with bar(f"reading {plan.config.model}", silent=not ranks.is_main):
+                trainer = Trainer(plan, inputs, ranks, compute, signals, changed)
             losses = trainer.fit()
         except Stopped as stop:
             torchrun = "torchrun ... " if plan.layout.world > 1 and "--nproc" not in command else ""

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.model_folder import is_nanotron, open_model
 from shear_tron.data.manifest import FILE, Manifest
+from shear_tron.progress import bar
 from shear_tron.train.run_folder import CONFIG
 
 
@@ -29,7 +28,7 @@ def verify(folder: str) -> str:
 def _data(folder: str) -> str:
     manifest = Manifest.read(folder)
     shards = manifest.shards()
-    for shard in tqdm(shards, unit=" shards", disable=None):
+    for shard in bar(f"reading {folder}", len(shards), "shards", iterable=shards):
         manifest.verify_shard(shard)
     tokens = sum(shard.tokens for shard in shards)
     return f"{len(manifest.domains)} domains, {len(shards)} shards, {tokens:,} tokens"
@@ -37,7 +36,7 @@ def _data(folder: str) -> str:
 
 def _run(run: Path) -> str:
     found = sharded.checkpoints(run)
-    for checkpoint in tqdm(found, unit=" checkpoints", disable=None):
+    for checkpoint in bar(f"reading {run}", len(found), "checkpoints", iterable=found):
         sharded.verify(checkpoint)
     return "checkpoints of steps " + (", ".join(str(sharded.step_of(checkpoint)) for checkpoint in found) or "none")
 
@@ -46,7 +45,7 @@ def _model(folder: str) -> str:
     """A model's files carry no hash: only damage that shows in headers, sizes and values is found."""
     model = open_model(folder)
     names = model.names()
-    for name in tqdm(names, unit=" tensors", disable=None):
+    for name in bar(f"reading {folder}", len(names), "tensors", iterable=names):
         if not bool(model.read(name).isfinite().all()):
             raise ValueError(f"{name} of {folder} holds NaN or infinite values; fetch or write it again")
     return f"{len(names)} tensors, all values finite, {model.architecture.shape}"

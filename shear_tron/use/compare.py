@@ -5,7 +5,7 @@ for both cancels, and small differences show that two separate errors would hide
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from shear_tron.checkpoint.model_folder import is_nanotron
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.sampler import held_out
 from shear_tron.data.tokenizer import load
+from shear_tron.progress import bar
 from shear_tron.use.network import Network, open_network
 
 
@@ -68,8 +68,8 @@ def compare(
     told: dict[str, Any] = {}
     for model in models:
         network = open_network(model, device)
-        with tqdm(total=sum(map(len, chosen.values())), desc=model, unit="window", disable=None) as bar:
-            found[model] = {name: _losses(network, tokens, batch, bar) for name, tokens in chosen.items()}
+        with bar(model, sum(map(len, chosen.values())), "windows") as done:
+            found[model] = {name: _losses(network, tokens, batch, done.update) for name, tokens in chosen.items()}
         told[model] = {"parameters": network.parameters, "domains": {}}
         for name, losses in found[model].items():
             told[model]["domains"][name] = _told(losses, chosen[name][:, 1:], lengths)
@@ -83,7 +83,7 @@ def compare(
 
 
 @torch.inference_mode()
-def _losses(network: Network, windows: Tensor, batch: int, bar: Any) -> Tensor:
+def _losses(network: Network, windows: Tensor, batch: int, done: Callable[[int], object]) -> Tensor:
     """Mean loss of each window, float64 [windows]."""
     losses = []
     for rows in torch.split(windows, batch):
@@ -91,7 +91,7 @@ def _losses(network: Network, windows: Tensor, batch: int, bar: Any) -> Tensor:
         labels = rows[:, 1:].to(network.device)
         for one, label in zip(logits, labels, strict=True):
             losses.append(F.cross_entropy(one.float(), label).double().cpu())
-        bar.update(len(rows))
+        done(len(rows))
     return torch.stack(losses)
 
 

@@ -21,8 +21,9 @@ study-smoke: .venv/ready ## every part of the study once, in minutes
 	$(BIN)/python examples/study/study.py runs/study-smoke --smoke
 	$(BIN)/python examples/study/analyse.py runs/study-smoke
 
+# Whole files are dealt to processes, in order: fixtures of a file are made once. One thread each: two would only wait.
 test: .venv/ready check ## style, types and every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 unit: .venv/ready ## the fast laws, in seconds
 	$(BIN)/python -m pytest -x -m 'not slow and not rehearsal' tests/unit

@@ -67,6 +67,7 @@ def test_questions_about_usage_need_no_torch(arguments: list[str]) -> None:
     assert python("-c", code).stderr == ""
 
 
+@pytest.mark.slow
 def test_show_imports_no_engine() -> None:
     """torch is a second to wait for; its distributed tensors and checkpoints would be half a second more."""
     code = (

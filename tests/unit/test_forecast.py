@@ -70,6 +70,7 @@ def test_saving_memory_costs_time_and_closing_gates_saves_it() -> None:
     assert 0.2 < step(jobs[0], h100).mfu(h100, 8) < 0.6
 
 
+@pytest.mark.slow
 def test_twice_the_gpus_are_never_slower_and_never_twice_as_fast() -> None:
     h100, job = device("h100"), Job(LLAMA, EIGHT, 1024, 1, 4096)
     best = [ranked(job, gpus, h100, None, 0.0)[0][0].seconds for gpus in (8, 16, 32)]
@@ -93,6 +94,7 @@ def test_the_papers_target_is_among_the_proposals() -> None:
     assert paper in propose(LLAMA, count(Architecture(paper)))
 
 
+@pytest.mark.slow
 def test_plan_of_both_stages_before_the_second_model_exists(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +107,7 @@ def test_plan_of_both_stages_before_the_second_model_exists(
     assert "GPU-hours" in told.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_plan_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", "llama-2-7b", "--parameters", "1.3B", "--gpus", "8"]) == 0
     told = capsys.readouterr().out
@@ -112,6 +115,7 @@ def test_plan_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert "stage 2, assumed: " in told
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_with_what_would_make_it_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

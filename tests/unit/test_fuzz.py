@@ -107,6 +107,7 @@ def _places(value: object):  # type: ignore[no-untyped-def]
 SHARES = {"config": 0.2, "override": 0.1, "domains": 0.3, "model": 0.2, "checkpoint": 0.2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "share"), SHARES.items(), ids=SHARES.keys())
 def test_damaged_input_is_read_or_refused_in_one_line(kind: str, share: float, tmp_path: Path) -> None:
     read = folder_of(kind, tmp_path / kind)

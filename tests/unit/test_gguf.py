@@ -207,6 +207,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(change: dict[str, Any], ma
         require(replace(MODELS["grouped"], **change))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_goes_on_with_the_same_tokens(name: str, tmp_path: Path) -> None:
     cut = list(CUTS)[list(MODELS).index(name) % len(CUTS)]

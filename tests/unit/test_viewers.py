@@ -45,6 +45,7 @@ def test_tensorboard_reads_back_what_was_written_and_forgets_what_was_undone(tmp
     assert events.Scalars("held_out/wiki")[-1].value == 3.0
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_one_run_per_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

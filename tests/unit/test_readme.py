@@ -20,3 +20,15 @@ def test_links_lead_somewhere() -> None:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
         for link in re.findall(r"\]\(([^)#]+)", text):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_families_take_as_many_lines_as_told() -> None:
+    """docs/extending.md counts a family's lines from its heading to the next."""
+    source = (ROOT / "shear_tron" / "checkpoint" / "families.py").read_text()
+    sections = [section.strip() for section in re.split(r"^(?=# --- |FAMILIES)", source, flags=re.M)]
+    counted = {
+        name: str(len(text.splitlines())) for text in sections for name in re.findall(r"^_(\w+) = Family", text, re.M)
+    }
+    told = dict(re.findall(r"^\| (\w+) \| (\d+)", (ROOT / "docs" / "extending.md").read_text(), re.M))
+    assert len(told) == 5
+    assert told == {name: counted[name] for name in told}

@@ -1,10 +1,10 @@
 """Law: a model whose residual stream is turned computes what it did, to 1e-10 in float64."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from models import ARCHITECTURES, InMemory, random_model, tokens_of, weights_of
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
@@ -15,64 +15,56 @@ from shear_tron.params import params
 from shear_tron.pruning.extract import extract
 from shear_tron.pruning.rotate import Turned, principal_axes, untied
 from shear_tron.pruning.scored import Scored
-from shear_tron.shape import Shape
 
-SHAPE = Shape(hidden=24, layers=3, heads=8, kv_heads=4, head_dim=6, ffn=20, vocab=40)
-SOURCE = Architecture(SHAPE)
-
-
-class InMemory:
-    def __init__(self, architecture: Architecture) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.weights = {
-            each.name: (1.0 if "norm" in each.name else 0.0)
-            + 0.3 * torch.randn(each.size, generator=generator, dtype=torch.float64)
-            for each in params(architecture)
-        }
-
-    def read(self, name: str) -> Tensor:
-        return self.weights[name].clone()
-
-    def read_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        return self.weights[name].narrow(axis, start, stop - start).clone()
-
-
-def model(architecture: Architecture, read) -> Transformer:
-    made = Transformer(architecture).double()
-    made.load_state_dict({each.name: read(each.name) for each in params(architecture)})
-    return made
-
-
-def random_axes() -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.linalg.qr(torch.randn(SHAPE.hidden, SHAPE.hidden, generator=generator, dtype=torch.float64)).Q
-
-
-FACTS = {
-    "llama": {},
-    "biases and q/k norms": {"biases": frozenset({"q", "k", "v", "o", "down"}), "qk_norm": True},
-    "parallel residual": {"parallel_residual": True},
+SOURCE = ARCHITECTURES["llama, grouped"]
+SHAPE = SOURCE.shape
+# Beside every model whose norms can be turned, facts that none of them has together.
+SOURCES = {name: each for name, each in ARCHITECTURES.items() if each.norm == "rms"} | {
+    "biases and q/k norms": replace(SOURCE, biases=frozenset({"q", "k", "v", "o", "down"}), qk_norm=True),
+    "parallel residual": replace(SOURCE, parallel_residual=True),
+    "parallel residual, tied": replace(ARCHITECTURES["llama, tied"], parallel_residual=True),
 }
 
 
-@pytest.mark.parametrize("facts", FACTS.values(), ids=FACTS.keys())
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def weights(source: Architecture) -> InMemory:
+    return InMemory(weights_of(random_model(source)))
+
+
+def model(weights: Turned) -> Transformer:
+    made = Transformer(weights.architecture).double()
+    made.load_state_dict({each.name: weights.read(each.name) for each in params(weights.architecture)})
+    return made
+
+
+def random_axes(hidden: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.linalg.qr(torch.randn(hidden, hidden, generator=generator, dtype=torch.float64)).Q
+
+
+@pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("turned", [False, True], ids=["absorbed", "turned"])
-def test_a_turned_model_computes_the_same(facts: dict[str, Any], tied: bool, turned: bool) -> None:
-    source = Architecture(replace(SHAPE, tied=tied), **facts)
-    weights = InMemory(source)
-    other = Turned(weights, source, random_axes() if turned else None)
-    tokens = torch.arange(36).view(2, 18)
-    expected, found = model(source, weights.read)(tokens), model(untied(source), other.read)(tokens)
+def test_a_turned_model_computes_the_same(name: str, turned: bool) -> None:
+    source = SOURCES[name]
+    other = Turned(weights(source), source, random_axes(source.shape.hidden) if turned else None)
+    tokens = tokens_of(source, time=18)
+    expected, found = random_model(source)(tokens), model(other)(tokens)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
     for each in params(untied(source)):
         if each.row.leaf in ("attn_norm", "mlp_norm", "norm"):
             assert (other.read(each.name) == 1).all()
 
 
-def test_parts_of_turned_weights_are_parts() -> None:
-    turned = Turned(InMemory(SOURCE), SOURCE, random_axes())
-    for each in params(SOURCE):
+@pytest.mark.parametrize("name", ARCHITECTURES.keys() - SOURCES.keys())
+def test_norms_that_take_off_a_mean_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="needs RMS norms"):
+        untied(ARCHITECTURES[name])
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_parts_of_turned_weights_are_parts(name: str) -> None:
+    source = SOURCES[name]
+    turned = Turned(weights(source), source, random_axes(source.shape.hidden))
+    for each in params(source):
         if (axis := each.row.cut_axis) is not None:
             whole = turned.read(each.name)
             part = turned.read_slice(each.name, axis, 2, 7)
@@ -103,18 +95,13 @@ def test_norms_are_rescaled_by_the_hidden_masks_value() -> None:
     value = (energy[:16].sum() / energy.sum() * 24 / 16).sqrt()
     assert masks.hidden is not None
     torch.testing.assert_close(masks.hidden, torch.cat((value.expand(16), torch.zeros(8))))  # the first ones
-    turned = Turned(InMemory(SOURCE), SOURCE, random_axes())
-    dense, weights = extract(turned.read, masks, SOURCE)
+    turned = Turned(weights(SOURCE), SOURCE, random_axes(SHAPE.hidden))
+    dense, tensors = extract(turned.read, masks, SOURCE)
     small = Transformer(dense).double()
-    small.load_state_dict(dict(weights))
+    small.load_state_dict(dict(tensors))
     for name, weight in small.named_parameters():
         if "norm" in name:
             torch.testing.assert_close(weight, value.expand(16))
-    tokens = torch.arange(36).view(2, 18)
-    masked = model(SOURCE, turned.read)(tokens, context=Context(masks))
+    tokens = tokens_of(SOURCE, time=18)
+    masked = model(turned)(tokens, context=Context(masks))
     torch.testing.assert_close(masked, small(tokens), atol=1e-10, rtol=0)
-
-
-def test_norms_that_take_off_a_mean_are_refused() -> None:
-    with pytest.raises(ValueError, match="needs RMS norms"):
-        untied(replace(SOURCE, norm="layer"))

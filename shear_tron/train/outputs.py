@@ -10,6 +10,7 @@ from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.atomic import atomic
 from shear_tron.checkpoint.model_folder import Form, read_architecture, require_form, write_model
+from shear_tron.checkpoint.serving import objections
 from shear_tron.params import count, params
 from shear_tron.progress import bar
 from shear_tron.pruning.extract import extract as dense_model
@@ -72,7 +73,7 @@ def _write(
     with atomic(output) as partial:
         write_model(partial, architecture, given, form, run.tokenizer)
         publish(run, partial, architecture, source, f"shear-tron {verb} {run.path} {output}")
-    return ""
+    return "".join(f"; {objection}" for objection in objections(architecture))
 
 
 def shown(

@@ -8,6 +8,7 @@ from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.gguf import without_k_quants
 from shear_tron.checkpoint.model_folder import is_here, read_architecture
 from shear_tron.checkpoint.nanotron_config import Flavour, require
+from shear_tron.checkpoint.serving import objections
 from shear_tron.config import ConfigError
 from shear_tron.data.manifest import Manifest
 from shear_tron.params import count, params
@@ -53,6 +54,7 @@ def _shapes(plan: Plan) -> list[str]:
         lines += [f"         {_nanotron(target)}"]
         if refused := without_k_quants(plan.target):
             lines += [f"         GGUF: k-quants want rows in multiples of 256, not {', '.join(refused)}"]
+        lines += [f"         {objection}" for objection in objections(target)]
     return lines
 
 

@@ -13,7 +13,7 @@ VERBS = {
     "train": "prune (given a `prune` section) or pre-train",
     "extract": "write a pruning run's dense model, in a format of choice",
     "export": "write a training run's model, in a format of choice",
-    "import": "a Hugging Face folder of nanotron's or LLM-Shearing's",
+    "import": "a nanotron model, or LLM-Shearing's models and tokens",
     "verify": "whether data, a run or a model is what was written",
     "report": "what runs did, as one HTML page; also while they run",
     "eval": "losses of models on held-out data, side by side",
@@ -110,9 +110,10 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--tp", type=int, default=1, help="pieces of every tensor, for nanotron; any can be read")
         sub.add_argument("--samples", type=int, default=0, help="of the run's next samples to hand to nanotron")
     if verb == "import":
-        sub.add_argument("checkpoint", help="folder that nanotron saved, or state dict of LLM-Shearing")
-        sub.add_argument("output", help="Hugging Face folder to write; must not exist")
+        sub.add_argument("checkpoint", help="folder that nanotron saved; of LLM-Shearing: state dict, or MDS folder")
+        sub.add_argument("output", help="folder to write (a model: Hugging Face); must not exist")
         sub.add_argument("--tokenizer", required=True, help="folder or Hub id of the model's tokenizer")
+        sub.add_argument("--held-out", metavar="FOLDER", help="MDS folder of the held-out samples, such as `eval`")
         sub.add_argument("--target", help="to cut LLM-Shearing's masked model to: hidden=..,layers=..,heads=..,ffn=..")
     if verb in ("extract", "export", "import"):
         default = None if verb == "import" else "float32"  # None: as it is stored

@@ -167,8 +167,16 @@ def _form(arguments: argparse.Namespace) -> "Form":
 
 
 def import_(arguments: argparse.Namespace) -> None:
+    from shear_tron.data.mds import import_data, is_mds
     from shear_tron.train.migrate import import_model
 
+    if is_mds(arguments.checkpoint):
+        if arguments.held_out is None:
+            raise ValueError(f"{arguments.checkpoint} holds token shards; give those held out with --held-out FOLDER")
+        folders = (arguments.checkpoint, arguments.held_out, arguments.output)
+        tokens = sum(domain.tokens() for domain in import_data(*folders, arguments.tokenizer).domains.values())
+        print(f"{arguments.output}: {tokens:,} tokens to train on; shear-tron stats {arguments.output}")
+        return
     print(import_model(arguments.checkpoint, arguments.output, arguments.tokenizer, arguments.dtype, arguments.target))
 
 

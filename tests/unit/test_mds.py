@@ -1,0 +1,110 @@
+"""The released code's token shards, written here as mosaicml-streaming lays them out, become prepared data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+
+from shear_tron import cli
+from shear_tron.data.manifest import Manifest
+from shear_tron.data.sampler import Windows
+
+VOCABULARY = {"<s>": 1, "</s>": 2, "<unk>": 0} | {f"w{i}": i for i in range(3, 300)}
+
+
+def write_mds(folder: Path, shards: list[list[bytes]], **changes: Any) -> None:
+    """What MDSWriter(columns={"tokens": "bytes", "set": "str"}, compression=None) writes (version 0.13)."""
+    folder.mkdir(parents=True)
+    described = []
+    for number, samples in enumerate(shards):
+        columns = {"column_names": ["set", "tokens"], "column_encodings": ["str", "bytes"], "column_sizes": [None] * 2}
+        config = {"version": 2, "format": "mds", "compression": None, "hashes": [], "size_limit": 1 << 26, **columns}
+        text = json.dumps(config, sort_keys=True).encode()
+        name = folder.name.encode()
+        bodies = [np.array([len(name), len(each)], "<u4").tobytes() + name + each for each in samples]
+        places = np.cumsum([4 + 4 * (len(bodies) + 1) + len(text), *map(len, bodies)]).astype("<u4")
+        content = np.uint32(len(bodies)).tobytes() + places.tobytes() + text + b"".join(bodies)
+        file = {"basename": f"shard.{number:05d}.mds", "bytes": len(content), "hashes": {}}
+        (folder / str(file["basename"])).write_bytes(content)
+        described.append({**config, "samples": len(bodies), "raw_data": file, "zip_data": None, **changes})
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": described}))
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """Two domains of samples of 16 tokens; ``wide`` has them as int64."""
+    (tmp_path / "words").mkdir()
+    Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>")).save(str(tmp_path / "words/tokenizer.json"))
+    (tmp_path / "words/tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    for split, count in (("for_prune", 5), ("eval", 2)):
+        for name, dtype in (("narrow", "<u2"), ("wide", "<i8")):
+            found = [sample(split, name, i).astype(dtype).tobytes() for i in range(count)]
+            write_mds(tmp_path / split / name, [found[:2], found[2:]] if count > 2 else [found])
+    return tmp_path
+
+
+def sample(split: str, name: str, number: int) -> Any:
+    ids = np.arange(16) * 7 % 290 + 3 + number + len(split) * len(name) % 5
+    ids[5:7] = 2, 1  # a document ends, another begins
+    return ids
+
+
+def run(theirs: Path, *options: str) -> int:
+    words = ["--tokenizer", str(theirs / "words"), "--held-out", str(theirs / "eval")]
+    return cli.main(["import", str(theirs / "for_prune"), str(theirs / "data"), *words, *options])
+
+
+def test_every_token_is_where_it_was(theirs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(theirs) == 0
+    assert "160 tokens to train on" in capsys.readouterr().out
+    manifest = Manifest.read(str(theirs / "data"), tokenizer=str(theirs / "words"), vocab=300)
+    manifest.verify()
+    assert (manifest.bos, manifest.separator, manifest.vocab) == (1, 2, 300)
+    for name in ("narrow", "wide"):
+        domain = manifest.domain(name)
+        assert (domain.tokens(), domain.tokens("held_out")) == (80, 32)
+        for split, shards, count in (("for_prune", domain.train, 5), ("eval", domain.held_out, 2)):
+            windows = Windows(manifest, shards, 16 * count - 1)
+            out = np.empty((1, 16 * count), "<u2")
+            windows.read_into(out, np.array([0]), np.array([0]))
+            assert (out[0] == np.concatenate([sample(split, name, i) for i in range(count)])).all()
+        ends = np.fromfile(theirs / "data" / f"{domain.train[0].file}.index", "<u8")
+        assert ends.tolist() == [6, 16, 22, 32]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"compression": "zstd"}, "compression=zstd; write the shards again without"),
+        ({"samples": 9}, "does not hold 9 samples; copy it again"),
+        ({"raw_data": {"basename": "../x.mds"}}, "outside its folder"),
+        ({"column_names": ["text", "set"]}, "describes no MDS shard with a column 'tokens'"),
+        ({"column_encodings": ["str", "pkl"]}, "with tokens as bytes"),
+        ({"version": 1}, "use MDS, version 2"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(
+    changes: dict[str, Any], match: str, theirs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_mds(theirs / "for_prune/again", [[sample("eval", "again", 0).astype("<u2").tobytes()]], **changes)
+    write_mds(theirs / "eval/again", [[sample("eval", "again", 0).astype("<u2").tobytes()]])
+    assert run(theirs) == 2
+    said = capsys.readouterr().err
+    assert match in said
+    assert said.count("\n") == 1
+
+
+def test_what_does_not_belong_together_is_refused(theirs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mds(theirs / "for_prune/more", [[np.full(16, 999, "<u2").tobytes()]])
+    assert run(theirs) == 2
+    assert "has no more/index.json" in capsys.readouterr().err
+    write_mds(theirs / "eval/more", [[np.full(16, 999, "<u2").tobytes()]])
+    assert run(theirs) == 2
+    assert "holds ids that" in capsys.readouterr().err
+    assert not (theirs / "data/domains.json").exists()
+    given = ["import", str(theirs / "for_prune"), str(theirs / "data"), "--tokenizer", str(theirs / "words")]
+    assert cli.main(given) == 2
+    assert "give those held out with --held-out FOLDER" in capsys.readouterr().err

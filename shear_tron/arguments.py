@@ -1,7 +1,11 @@
 """What each verb of the command line takes."""
 
 import argparse
+import pkgutil
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from argcomplete import autocomplete
 
 VERBS = {
     "prepare": "tokenise domains of text into shards",
@@ -48,6 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
         _arguments(verb, sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    autocomplete(parser)  # a shell that asks what could follow gets its answer here
     arguments, options = parser.parse_known_args(argv)
     if options and arguments.verb != "bench":  # bench hands its options to kernels/bench/run.py
         parser.error(f"unrecognized arguments: {' '.join(options)}")
@@ -59,9 +64,11 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
     """What each verb takes."""
     if verb in OVERRIDABLE:
         sub.add_argument("config", help="YAML file")
-        sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+        overrides: Any = sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+        overrides.completer = lambda **_: [f"{key}=" for key in _keys(verb)]
     if verb == "config":
-        sub.add_argument("key", nargs="?", default="", metavar="section.key", help="default: all")
+        key: Any = sub.add_argument("key", nargs="?", default="", metavar="section.key", help="default: all")
+        key.completer = lambda **_: _keys("train")
         sub.add_argument("--explain", action="store_true", help="accepted and implied")
         sub.add_argument("--markdown", action="store_true", help="the whole reference, as docs/config.md has it")
     if verb == "plan":
@@ -135,6 +142,13 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token each time")
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+
+
+def _keys(verb: str) -> list[str]:
+    """Of the config that a verb reads."""
+    from shear_tron.explain import FILES, keys
+
+    return [key.name for key in keys(pkgutil.resolve_name(FILES[verb if verb in FILES else "train"]))]
 
 
 def _version() -> str:

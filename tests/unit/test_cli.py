@@ -1,6 +1,7 @@
 """Verbs that need no model of ours."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -117,6 +118,24 @@ def test_bad_input_is_one_line_unless_debug(capsys: pytest.CaptureFixture[str]) 
     )
     with pytest.raises(ValueError, match="nowhere"):
         cli.main(["stats", "nowhere", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("shear-tron ge", {"generate "}),
+        ("shear-tron train prune.yaml train.st", {"train.steps="}),
+        ("shear-tron config prune.warm", {"prune.warmup_steps "}),
+        ("shear-tron plan --gpus-", {"--gpus-per-node "}),
+    ],
+)
+def test_a_shell_completes(typed: str, offered: set[str], tmp_path: Path) -> None:
+    """As argcomplete's shell code asks."""
+    given = {"_ARGCOMPLETE": "1", "COMP_LINE": typed, "COMP_POINT": str(len(typed)), "_ARGCOMPLETE_SHELL": "bash"}
+    given |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "offered"), "_ARGCOMPLETE_SUPPRESS_SPACE": "0"}
+    code = "import sys; sys.modules['torch'] = None; from shear_tron import cli; cli.main()"
+    python("-c", code, env={**os.environ, **given})
+    assert set((tmp_path / "offered").read_text().split("\v")) == offered
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:

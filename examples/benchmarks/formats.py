@@ -3,12 +3,16 @@
     python examples/benchmarks/formats.py OUT                 # rows for a 1.3B shape in bfloat16 (2.7 GB a folder)
     python examples/benchmarks/formats.py OUT --sparse        # weights that are holes: the memory that a 7B takes
 
+Rows are printed, and appended to formats.csv beside this file (or to --rows).
 Each conversion runs in a process of its own, whose peak resident memory is told. Megabytes are those of the weights.
 Files are read from the page cache where they fit; the disk is waited for only where the writer waits for it.
 """
 
 import argparse
+import csv
+import datetime
 import json
+import platform
 import resource
 import shutil
 import subprocess
@@ -27,6 +31,7 @@ from shear_tron.checkpoint.safetensors_stream import Writer
 from shear_tron.params import count, params
 from shear_tron.shape import Shape
 
+ROWS = Path(__file__).with_name("formats.csv")
 SHAPES = {
     "tiny": Shape(hidden=64, layers=2, heads=4, kv_heads=4, head_dim=16, ffn=96, vocab=320),
     "1.3b": Shape(hidden=2048, layers=24, heads=16, kv_heads=16, head_dim=128, ffn=5504, vocab=32000),
@@ -83,6 +88,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for scratch; must not exist")
     parser.add_argument("--shape", choices=SHAPES, default=None)
     parser.add_argument("--sparse", action="store_true")
+    parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--one", nargs=2, metavar=("output", "form"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -91,7 +97,7 @@ def main() -> None:
     architecture = Architecture(SHAPES[given.shape or ("7b" if given.sparse else "1.3b")])
     make(given.out, architecture, given.sparse)
     megabytes = 2 * count(architecture) / 1e6
-    print("from,to,megabytes,seconds,megabytes_per_second,peak_memory_gb")
+    rows = []
     for source, output, form in [
         ("hf", "copy", "cp"),
         ("hf", "back", "huggingface"),
@@ -101,11 +107,33 @@ def main() -> None:
     ]:
         call = [sys.executable, __file__, str(given.out / source), "--one", str(given.out / output), form]
         told = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        rate = megabytes / told["seconds"]
-        print(f"{source},{form},{megabytes:.1f},{told['seconds']:.2f},{rate:.0f},{told['peak'] / 1e9:.2f}", flush=True)
+        seconds, peak = told["seconds"], told["peak"]
+        rows.append({
+            "from": source, "to": form, "megabytes": round(megabytes, 1), "seconds": round(seconds, 2),
+            "megabytes_per_second": round(megabytes / seconds), "peak_memory_gb": round(peak / 1e9, 2),
+            "weights": "holes" if given.sparse else "random", "device": _processor(), "commit": _commit(),
+            "date": datetime.date.today().isoformat(),
+        })  # fmt: skip
+        print(*rows[-1].values(), sep=",", flush=True)
         if output != "nanotron":
             path = given.out / output
             path.unlink() if path.is_file() else shutil.rmtree(path)
+    is_new = not given.rows.exists()
+    with open(given.rows, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _commit() -> str:
+    git = ["git", "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True, cwd=ROWS.parent).stdout.strip()
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

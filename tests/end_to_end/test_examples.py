@@ -1,5 +1,6 @@
 """The examples that use other people's programs on a model of ours, run for real on a tiny one."""
 
+import csv
 import importlib.util
 import json
 import subprocess
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from shear_tron import cli
+from shear_tron.checkpoint.model_folder import read_architecture
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SAID = [
@@ -132,12 +134,34 @@ def test_the_paper_has_eleven_tasks() -> None:
     assert len({task["task"] for task in tasks}) == len(tasks) == 11
 
 
-@pytest.mark.slow
+def test_source_sheared_and_uneven_models_generate(world: Path, tmp_path: Path) -> None:
+    """All weights random; the uneven one has the sheared one's parameters in layers of different sizes."""
+    inference = load("inference/run.py")
+    options = ["--target", "layers=3,ffn=32", "--tokens", "2", "--prompt", "4", "--rounds", "1", "--no-llama-cpp"]
+    inference.main([str(world / "model"), *options, "--rows", str(tmp_path / "rows.csv")])
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [row["model"] for row in rows] == ["source", "sheared", "uneven"]
+    assert int(rows[0]["parameters"]) > int(rows[1]["parameters"]) == int(rows[2]["parameters"])
+    assert all(float(row["tokens_per_second"]) > 0 for row in rows)
+    architecture = read_architecture(world / "model")
+    groups, ffn = zip(*inference.uneven_sizes(architecture), strict=True)
+    assert len(set(groups)) > 1 < len(set(ffn))
+    assert (sum(groups), sum(ffn)) == (4 * architecture.shape.kv_heads, 4 * architecture.shape.ffn)
+
+
+@pytest.mark.rehearsal
 def test_the_benchmark_of_formats_converts_each_way(tmp_path: Path) -> None:
     """Weights are holes; that what is written is right is other tests' business."""
-    script = [sys.executable, str(EXAMPLES / "benchmarks/formats.py"), str(tmp_path / "out")]
+    script = [
+        sys.executable,
+        str(EXAMPLES / "benchmarks/formats.py"),
+        str(tmp_path / "out"),
+        "--rows",
+        str(tmp_path / "rows.csv"),
+    ]
     done = subprocess.run([*script, "--shape", "tiny", "--sparse"], capture_output=True, text=True, check=True)
-    assert [row.split(",")[:2] for row in done.stdout.splitlines()[1:]] == [
+    assert done.stdout.splitlines() == (tmp_path / "rows.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[:2] for row in done.stdout.splitlines()] == [
         ["hf", "cp"],
         ["hf", "huggingface"],
         ["hf", "nanotron"],

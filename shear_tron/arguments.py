@@ -14,6 +14,7 @@ VERBS = {
     "config": "every key of a configuration explained",
     "plan": "will it fit, how long, in which layout",
     "show": "dry run: counts, what ranks hold, whether all fits",
+    "cache-teacher": "fill a cache with samples of distill.teacher",
     "train": "prune (given a `prune` section) or pre-train",
     "extract": "write a pruning run's dense model, in a format of choice",
     "export": "write a training run's model, in a format of choice",
@@ -25,7 +26,7 @@ VERBS = {
     "reference-loss": "reference losses of domains, predicted or measured",
     "bench": "the kernel benchmark; without a GPU its rooflines",
 }
-OVERRIDABLE = ("prepare", "show", "train", "reference-loss")  # they read a config
+OVERRIDABLE = ("prepare", "show", "cache-teacher", "train", "reference-loss")  # they read a config
 EXAMPLE = """\
 example, on one machine with two ranks:
   shear-tron prepare prepare.yaml
@@ -87,8 +88,11 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--tokens", default="0.4B", help="to prune with; the paper's 0.4B by default")
         sub.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks that must divide the target")
         sub.add_argument("--output", default=".", metavar="DIR", help="for prune.yaml, and prepare.yaml for text")
-    if verb == "train":
+    if verb in ("cache-teacher", "train"):
         sub.add_argument("--nproc", type=int, default=None, help="ranks to start on this machine; torchrun for more")
+    if verb == "cache-teacher":
+        sub.add_argument("--headroom", type=float, default=None, help="times the windows of the starting mixture")
+    if verb == "train":
         sub.add_argument("--strict", action="store_true", help="exit with 3 where masks do not reach the target")
         sub.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="in a run that goes on")
     if verb == "verify":

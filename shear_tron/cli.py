@@ -10,13 +10,17 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shear_tron.arguments import parse
 
 if TYPE_CHECKING:
+    import torch
+
     from shear_tron.checkpoint.model_folder import Form
+    from shear_tron.train.plan import Inputs, Plan
     from shear_tron.train.run_folder import RunFolder
 
 
@@ -134,6 +138,40 @@ def _train(path: str, overrides: list[str], allowed: tuple[str, ...], command: l
     opened = inputs(planned)
     changed = claim_run_folder(config, allowed)
     return session(planned, opened, device, compute, changed, command, strict)
+
+
+def cache_teacher(arguments: argparse.Namespace) -> int:
+    from shear_tron.parallel.launch import launch
+
+    given = arguments.config, arguments.overrides, arguments.headroom
+    device = _fillable(*given[:2], arguments.nproc)[2]
+    if arguments.nproc and arguments.nproc > 1:
+        return launch(arguments.nproc, device, _cache_teacher, *given)
+    return _cache_teacher(*given)
+
+
+def _fillable(
+    path: str, overrides: list[str], nproc: int | None = None
+) -> "tuple[Plan, Inputs, torch.device, torch.dtype]":
+    """(plan, inputs, device, compute) of filling a cache: those of a run that has its teacher with it."""
+    from shear_tron.config import ConfigError, load
+    from shear_tron.parallel import topology
+    from shear_tron.train.config import RunConfig
+    from shear_tron.train.plan import inputs, plan, precision
+
+    config = load(RunConfig, path, overrides)
+    if config.distill is None or config.distill.teacher is None or config.distill.cache is None:
+        raise ConfigError("cache-teacher wants distill.teacher and distill.cache, a folder to fill; give both")
+    online = config.model_copy(update={"distill": config.distill.model_copy(update={"cache": None})})
+    planned = plan(online, nproc or topology.world_size())
+    device, compute = precision(config)
+    return replace(planned, config=config), inputs(planned), device, compute
+
+
+def _cache_teacher(path: str, overrides: list[str], headroom: float | None) -> int:
+    from shear_tron.train.session import fill
+
+    return fill(*_fillable(path, overrides), headroom)
 
 
 def plan(arguments: argparse.Namespace) -> None:

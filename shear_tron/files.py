@@ -10,12 +10,12 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replace ``file`` by ``text``: a reader, or a crash, sees the old content or the new, never a part."""
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Replace ``file`` by ``content``: a reader, or a crash, sees the old content or the new, never a part."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with open(draft, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(draft, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(draft, file)

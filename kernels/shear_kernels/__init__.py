@@ -20,7 +20,8 @@ from torch import Tensor, compiler, dtype, float64, int64
 from shear_kernels import cross_entropy, dense_attention, gather_blocks, reference
 from shear_kernels.cross_entropy import KEPT_BYTES, Reduce
 from shear_kernels.dense_attention import AttentionBackend
-from shear_kernels.distillation import vocab_distillation
+from shear_kernels.distillation import sampled_distillation, vocab_distillation
+from shear_kernels.sampling import sample_teacher
 
 Backend = Literal["triton", "reference"]
 
@@ -260,6 +261,8 @@ __all__ = [
     "masked_rms_norm",
     "masked_swiglu",
     "rope",
+    "sample_teacher",
+    "sampled_distillation",
     "select",
     "vocab_cross_entropy",
     "vocab_distillation",

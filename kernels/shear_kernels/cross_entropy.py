@@ -44,13 +44,7 @@ def vocab_cross_entropy(
     Memory: chunk * vocab_shard * 4 bytes at the peak and what is kept, apart from dweight. 2 (forward) + 4 (backward,
     6 where nothing is kept) * tokens * vocab_shard * hidden FLOPs.
     """
-    if x.dim() != 2 or labels.shape != x.shape[:1] or weight.shape[1:] != x.shape[1:]:
-        raise ValueError(
-            f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)} do not fit; "
-            "use [tokens, hidden], [vocab, hidden], [tokens]"
-        )
-    if (all_reduce_max is None) != (all_reduce_sum is None):
-        raise ValueError("all_reduce_max and all_reduce_sum belong together; give both or neither")
+    require_fit(x, weight, labels, all_reduce_max, all_reduce_sum)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 token; the default is 2^27 / vocab")
     readable = labels.device.type == "cpu" and not torch.compiler.is_compiling()  # on a GPU this would wait
@@ -64,6 +58,19 @@ def vocab_cross_entropy(
         x, weight, labels, first, all_reduce_max, all_reduce_sum, chunk, keep, kernels
     )
     return loss
+
+
+def require_fit(
+    x: Tensor, weight: Tensor, labels: Tensor, all_reduce_max: Reduce | None, all_reduce_sum: Reduce | None
+) -> None:
+    """ValueError unless these are [tokens, hidden], [vocab, hidden], [tokens], and both or neither reduction."""
+    if x.dim() != 2 or labels.shape != x.shape[:1] or weight.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)} do not fit; "
+            "use [tokens, hidden], [vocab, hidden], [tokens]"
+        )
+    if (all_reduce_max is None) != (all_reduce_sum is None):
+        raise ValueError("all_reduce_max and all_reduce_sum belong together; give both or neither")
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

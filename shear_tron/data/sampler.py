@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from logging import INFO, WARNING, getLogger
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -174,6 +174,15 @@ def _order(seed: int, name: str, epoch: int) -> npt.NDArray[np.uint64]:
     return permutation.keys(seed, name, epoch)
 
 
+class Batch(NamedTuple):
+    """tokens: int64 [rows, sequence + 1]; of each row, int64 [rows]: the domain's place in ``names``, and the window in
+    the domain."""
+
+    tokens: Tensor
+    domains: Tensor
+    windows: Tensor
+
+
 class Batches:
     """Rows [start, stop) of one global batch of ``samples`` after another, read ahead in a thread.
 
@@ -198,8 +207,8 @@ class Batches:
         tokens = self._sampler.read(draw, *self._rows)
         return tokens.pin_memory() if torch.cuda.is_available() else tokens
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """The next batch: tokens int64 [stop - start, sequence + 1], and each row's domain, int64 [stop - start]."""
+    def next(self) -> Batch:
+        """The next batch."""
         state, draw, tokens = self._pending.pop(0)
         self._fill()
         result = tokens.result()
@@ -210,11 +219,12 @@ class Batches:
                 self._epochs[name] = latest
                 level = WARNING if latest == 1 else INFO
                 log.log(level, "domain %s has been read through %d times; it goes on reshuffled", name, latest)
-        return result, torch.from_numpy(draw.domain[slice(*self._rows)].copy())
+        domains, windows = (torch.from_numpy(each[slice(*self._rows)].copy()) for each in (draw.domain, draw.window))
+        return Batch(result, domains, windows)
 
     def take(self, count: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Inputs and labels of the next ``count`` batches, each int64 [stop - start, sequence], on ``device``."""
-        windows = [self.next()[0].to(device) for _ in range(count)]
+        windows = [self.next().tokens.to(device) for _ in range(count)]
         return [(each[:, :-1], each[:, 1:]) for each in windows]
 
     def set_weights(self, weights: npt.ArrayLike) -> None:

@@ -18,6 +18,19 @@ class TeacherStates:
 
 
 @dataclass(frozen=True)
+class TeacherSamples:
+    """Of a teacher's distribution over the next token, a few words that stand for all (docs/distillation.md).
+
+    ids: int64 [tokens, samples]; shares: their estimated probabilities, alike; information: [tokens], the sum of
+    p log p.
+    """
+
+    ids: Tensor
+    shares: Tensor
+    information: Tensor
+
+
+@dataclass(frozen=True)
 class Context:
     """Masks (None: a dense model); to leave closed units out, which to keep; where documents end.
 
@@ -29,7 +42,7 @@ class Context:
     masks: Masks = NO_MASKS
     keep: Keep | None = None
     documents: Tensor | None = None
-    teacher: TeacherStates | None = None
+    teacher: TeacherStates | TeacherSamples | None = None
 
 
 DENSE = Context()

@@ -1,10 +1,10 @@
-"""Learning from a teacher: its final states come along with a microbatch, and both models' logits stay unmade."""
+"""Learning from a teacher: its final states, or samples of it, come with a microbatch; all logits stay unmade."""
 
 import shear_kernels
 import torch
 from torch import Tensor
 
-from shear_tron.model.context import Context
+from shear_tron.model.context import Context, TeacherStates
 from shear_tron.model.readout import NEXT_TOKEN
 from shear_tron.model.split import Split
 
@@ -26,17 +26,13 @@ class Distill:
         if teacher is None:
             alone = NEXT_TOKEN(states, head, labels, split, context)
             return torch.cat((alone, torch.zeros_like(alone)))
-        losses = shear_kernels.vocab_distillation(
-            states,
-            head,
-            teacher.states,
-            teacher.head,
-            labels.flatten(),
-            self.temperature,
-            first=split.rank * head.shape[0],
-            all_reduce_max=split.all_reduce_max,
-            all_reduce_sum=split.all_reduce_sum,
-        )
+        given = labels.flatten(), self.temperature, split.rank * head.shape[0]
+        join = split.all_reduce_max, split.all_reduce_sum
+        if isinstance(teacher, TeacherStates):
+            losses = shear_kernels.vocab_distillation(states, head, teacher.states, teacher.head, *given, *join)
+        else:
+            sampled = teacher.ids, teacher.shares, teacher.information
+            losses = shear_kernels.sampled_distillation(states, head, *sampled, *given, *join)
         counted = (labels >= 0).sum(-1).clamp(min=1)
         return torch.stack([loss.view_as(labels).sum(-1) / counted for loss in losses])
 

@@ -58,12 +58,21 @@ class OptimizerConfig(Section):
 
 
 class DistillConfig(Section):
-    """Learning from a teacher, run forward in the same layout at every step; in pruning and in plain training."""
+    """Learning from a teacher, in pruning and in plain training: run forward in the same layout at every step, or from
+    a cache of samples of it (docs/distillation.md)."""
 
-    teacher: str  # a model with the same tokenizer, such as the source
+    teacher: str | None = None  # a model with the same tokenizer, such as the source
+    cache: str | None = None  # its samples, filled by `shear-tron cache-teacher`; training then needs no teacher
+    samples: PositiveInt = 16  # in the cache, per token
     alpha: float = Field(default=0.5, gt=0, le=1)  # share of the divergence; the rest is the next-token loss
     temperature: float = Field(default=1.0, gt=0)  # of both models in the divergence
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the teacher; auto: that of train.precision
+
+    @model_validator(mode="after")
+    def _has_teacher(self) -> Self:
+        if self.teacher is None and self.cache is None:
+            raise ValueError("has neither teacher nor cache; give one of them, or leave the section out")
+        return self
 
 
 class CheckpointConfig(Section):

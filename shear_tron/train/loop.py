@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.checkpointer import Checkpointer
 from shear_tron.data.mixture import Mixture
 from shear_tron.data.sampler import Batches, Sampler
-from shear_tron.data.tokens import document_ends
 from shear_tron.files import write_atomically
 from shear_tron.model.context import DENSE
 from shear_tron.model.flops import flops
@@ -26,6 +24,7 @@ from shear_tron.parallel.pipeline import Engine, build_stages
 from shear_tron.parallel.topology import Topology
 from shear_tron.pruning.snapshot import snapshot
 from shear_tron.train.begin import begin_pruning
+from shear_tron.train.cached import CachedTeacher
 from shear_tron.train.claim import claimed, record_config
 from shear_tron.train.evaluation import DomainLosses, HeldOut
 from shear_tron.train.facts import data_sheet, open_log, spent
@@ -38,7 +37,7 @@ from shear_tron.train.pruner import Pruner
 from shear_tron.train.schedule import rate_factor
 from shear_tron.train.speed import StepCost
 from shear_tron.train.stopping import Signals, Stopped
-from shear_tron.train.teacher import Teacher, readout_of, teacher_precision
+from shear_tron.train.teacher import Teacher, readout_of
 from shear_tron.train.viewers import viewers
 
 SNAPSHOTS = 64  # of the gates in a run, about
@@ -59,14 +58,13 @@ class Trainer:
         readout = readout_of(self.config)
         stages = build_stages(plan.architecture, topology, train.activation_checkpointing, readout)
         self.stages = [shard(stage, inputs.weights, topology, torch.float32, compute) for stage in stages]
-        ends = partial(document_ends, separator=inputs.manifest.separator, bos=inputs.manifest.bos)
-        documents = ends if self.config.data.document_masking else None
         counts = plan.microbatches, train.micro_batch, self.config.data.sequence
-        self.engine = Engine(self.stages, topology, *counts, compute, documents)
-        self.teacher: Teacher | None = None
-        if inputs.teacher:
-            dtype = teacher_precision(self.config, compute)
-            self.teacher = Teacher(inputs.teacher.architecture, inputs.teacher, topology, *counts, dtype, documents)
+        self.engine = Engine(self.stages, topology, *counts, compute, inputs.documents(self.config))
+        self.teacher: Teacher | CachedTeacher | None = None
+        if inputs.cache:
+            self.teacher = CachedTeacher(inputs.cache, inputs.names, topology, plan.microbatches)
+        elif inputs.teacher:
+            self.teacher = Teacher.of(plan, inputs, topology, compute)
         self.optimizer = adamw((p for stage in self.stages for p in stage.parameters()), self.config.optimizer)
         layers, sequence = range(plan.architecture.shape.layers), self.config.data.sequence
         self.dense_flops = flops(plan.architecture, layers, True, train.batch * sequence, sequence)  # of a step
@@ -177,7 +175,7 @@ class Trainer:
         """
         start = time.perf_counter()
         train, optimizer = self.config.train, self.config.optimizer
-        windows, domains = batches.next()
+        windows, domains, places = batches.next()
         waited = time.perf_counter() - start
         windows = windows.to(self.topology.device, non_blocking=True)
         tokens, labels = windows[:, :-1], windows[:, 1:]
@@ -185,7 +183,7 @@ class Trainer:
         began = time.perf_counter()
         if self.pruner:
             sampled, gated = self.pruner.sample(self.step, self._own_microbatches())
-        contexts = self.teacher.teach(tokens, gated) if self.teacher else gated
+        contexts = self.teacher.teach(tokens, gated, domains, places) if self.teacher else gated
         found, *terms = self.engine.broadcast(self.engine.train(tokens, labels, contexts), len(tokens))
         report: dict[str, Any] = {}
         if self.pruner and sampled and gated:

@@ -1,10 +1,13 @@
 """Everything that can be known, and can be wrong, before a rank starts: what `show` prints and `train` relies on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from pydantic import FiniteFloat, TypeAdapter
+from torch import Tensor
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import sharded
@@ -13,13 +16,16 @@ from shear_tron.checkpoint.model_folder import Model, is_nanotron, open_model, r
 from shear_tron.config import ConfigError, load
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.mixture import Mixture
+from shear_tron.data.tokens import document_ends
 from shear_tron.parallel.topology import Layout, choose_device
 from shear_tron.pruning.make import make_method
 from shear_tron.pruning.rotate import Turned
 from shear_tron.reading import parse_yaml, read_text
 from shear_tron.shape import Shape
 from shear_tron.train import viewers
+from shear_tron.train.cache import Cache
 from shear_tron.train.config import RunConfig
+from shear_tron.train.drawn import require_cached
 from shear_tron.train.moments import require_pruned_to, require_same_model
 from shear_tron.train.run_folder import CONFIG
 
@@ -48,7 +54,14 @@ class Inputs:
     names: tuple[str, ...]  # of domains, in the order in which the sampler knows them
     proportions: tuple[float, ...]  # starting weights
     references: dict[str, float] | None  # losses of the domains; None: measured from the model, or none wanted
-    teacher: Model | None = None  # to learn from
+    teacher: Model | None = None  # to learn from, or to fill a cache with
+    cache: Cache | None = None  # of a teacher, to learn from instead
+
+    def documents(self, config: RunConfig) -> Callable[[Tensor], Tensor] | None:
+        """From token ids to where documents end, for an ``Engine``; None where a sequence is one document."""
+        if not config.data.document_masking:
+            return None
+        return partial(document_ends, separator=self.manifest.separator, bos=self.manifest.bos)
 
 
 def plan(config: RunConfig, world: int, architecture: Architecture | None = None) -> Plan:
@@ -83,7 +96,12 @@ def plan(config: RunConfig, world: int, architecture: Architecture | None = None
     layout = Layout.plan(config.parallel, architecture.shape, world)
     layout.require_batch(config.train.batch, config.train.micro_batch, config.data.sequence)
     if config.distill:
-        _require_teacher(config, architecture, world)
+        if config.distill.samples > architecture.shape.vocab:
+            raise ConfigError(
+                f"distill.samples={config.distill.samples} is more than vocab={architecture.shape.vocab}; use fewer"
+            )
+        if config.distill.cache is None:
+            _require_teacher(config, architecture, world)
     return Plan(config, architecture, target, layout)
 
 
@@ -108,12 +126,14 @@ def inputs(plan: Plan) -> Inputs:
         require_same_model(config.init_from, plan.architecture)
     if checkpoint is not None:
         sharded.progress(checkpoint)  # it is whole
-    teacher = None
-    if config.distill:
+    teacher, cache = None, None
+    if config.distill and config.distill.cache:
+        cache = require_cached(config, manifest, mixture, shape.vocab)
+    elif config.distill and config.distill.teacher:
         if not is_nanotron(config.distill.teacher):  # which has no tokenizer to be another
             Manifest.read(config.data.folder, tokenizer=config.distill.teacher, vocab=shape.vocab)
         teacher = open_model(config.distill.teacher)
-    return Inputs(weights, manifest, names, proportions, references, teacher)
+    return Inputs(weights, manifest, names, proportions, references, teacher, cache)
 
 
 def tokenizer_of(config: RunConfig) -> str:
@@ -129,6 +149,7 @@ def tokenizer_of(config: RunConfig) -> str:
 def _require_teacher(config: RunConfig, student: Architecture, world: int) -> None:
     """ValueError unless the teacher has the student's vocabulary and context, and splits over its layout."""
     assert config.distill is not None
+    assert config.distill.teacher is not None
     teacher = read_architecture(config.distill.teacher)
     if teacher.shape.vocab != student.shape.vocab:
         raise ConfigError(

@@ -14,6 +14,7 @@ from shear_tron.parallel.failure import is_first_to_fail, lost_peer, silent_rank
 from shear_tron.parallel.topology import Topology
 from shear_tron.progress import bar
 from shear_tron.pruning.reached import missed, told
+from shear_tron.train.cached import Filler
 from shear_tron.train.loop import Trainer
 from shear_tron.train.plan import Inputs, Plan
 from shear_tron.train.stopping import Signals, Stopped
@@ -65,6 +66,25 @@ def session(
             topology.stop()
 
 
+def fill(plan: Plan, inputs: Inputs, device: torch.device, compute: torch.dtype, headroom: float | None) -> int:
+    """Fill a cache with samples of a teacher, on this rank; returns the exit status."""
+    ranks = topology.start(plan.layout, device, plan.config.parallel.timeout)
+    try:
+        filler = Filler(plan, inputs, ranks, compute)
+        filler.fill(headroom, lambda text: _say(ranks, text, "cache-teacher"))
+    except AgreedError as error:
+        _say(ranks, str(error), "cache-teacher")
+        return FAILED
+    except Exception as error:
+        _tell(error, plan, "cache-teacher")
+        return FAILED
+    else:
+        _say(ranks, f"done; {plan.config.distill and plan.config.distill.cache} has all of it", "cache-teacher")
+        return 0
+    finally:
+        topology.stop()
+
+
 def _shortfall(plan: Plan, trainer: Trainer) -> str | None:
     """Of a pruning run that ended, what its masks lack; None where nothing does."""
     if trainer.pruner is None or plan.target is None:
@@ -73,12 +93,12 @@ def _shortfall(plan: Plan, trainer: Trainer) -> str | None:
     return f"WARNING: {told(short)}; use more steps, or a higher prune.learning_rate" if short else None
 
 
-def _say(ranks: Topology, text: str) -> None:
+def _say(ranks: Topology, text: str, verb: str = "train") -> None:
     if ranks.is_main:
-        print(f"shear-tron train: {text}", file=sys.stderr, flush=True)
+        print(f"shear-tron {verb}: {text}", file=sys.stderr, flush=True)
 
 
-def _tell(error: Exception, plan: Plan) -> None:
+def _tell(error: Exception, plan: Plan, verb: str = "train") -> None:
     """Say what broke on this rank, unless another rank has spoken: peers of a broken rank break too."""
     if not is_first_to_fail():
         return
@@ -96,4 +116,4 @@ def _tell(error: Exception, plan: Plan) -> None:
     else:
         traceback.print_exception(error)
         reason = f"{type(error).__name__}: {error}"
-    print(f"shear-tron train: {prefix}{reason}", file=sys.stderr, flush=True)
+    print(f"shear-tron {verb}: {prefix}{reason}", file=sys.stderr, flush=True)

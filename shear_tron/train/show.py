@@ -14,6 +14,7 @@ from shear_tron.data.manifest import Manifest
 from shear_tron.params import count, params
 from shear_tron.pruning.gates import LIMIT
 from shear_tron.train.config import RunConfig
+from shear_tron.train.drawn import forecast
 from shear_tron.train.plan import Plan, mixture_of, plan, tokenizer_of
 from shear_tron.train.schedule import learning_rate_factor
 
@@ -167,4 +168,6 @@ def _data(plan: Plan) -> list[str]:
             f"         {name}: {has:,} tokens, {epochs:.3g} epochs at weight {weight / total:.2g}{note}; "
             f"{held_out} held-out windows{few}"
         )
+    if config.distill and config.distill.cache:
+        lines.append(f"teacher  {forecast(config, manifest, mixture, plan.architecture.shape.vocab)}")
     return lines

@@ -15,6 +15,7 @@ from shear_tron.parallel.data import Weights, shard
 from shear_tron.parallel.pipeline import Engine, build_stages
 from shear_tron.parallel.topology import Topology
 from shear_tron.train.config import RunConfig
+from shear_tron.train.plan import Inputs, Plan
 
 
 def teacher_precision(config: RunConfig, compute: torch.dtype) -> torch.dtype:
@@ -61,7 +62,16 @@ class Teacher:
         tokens, layers = count * micro_batch * time * topology.layout.dp, range(architecture.shape.layers)
         self.flops = flops(architecture, layers, True, tokens, time) // 3  # of a step on all ranks; no backward
 
-    def teach(self, tokens: Tensor, contexts: Sequence[Context] | None) -> Iterable[Context]:
+    @classmethod
+    def of(cls, plan: Plan, inputs: Inputs, topology: Topology, compute: torch.dtype) -> "Teacher":
+        """The teacher that a run opened. compute: dtype of training."""
+        assert inputs.teacher is not None
+        config, opened = plan.config, inputs.teacher
+        counts = plan.microbatches, config.train.micro_batch, config.data.sequence
+        dtype = teacher_precision(config, compute)
+        return cls(opened.architecture, opened, topology, *counts, dtype, inputs.documents(config))
+
+    def teach(self, tokens: Tensor, contexts: Sequence[Context] | None, *_places: Tensor) -> Iterable[Context]:
         """The contexts of this rank's microbatches with the teacher's states. tokens: [batch, time]."""
         contexts = contexts or [DENSE] * self.count
         if self.in_pipeline:

@@ -6,6 +6,7 @@ from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.model_folder import is_nanotron, open_model
 from shear_tron.data.manifest import FILE, Manifest
 from shear_tron.progress import bar
+from shear_tron.train import cache
 from shear_tron.train.run_folder import CONFIG
 
 
@@ -13,9 +14,13 @@ def verify(folder: str) -> str:
     """Check all of ``folder``. Returns what it is, in a sentence; ValueError in one line for the first damage found."""
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(f"{folder} is no folder; give prepared data, a run, a checkpoint or a model")
+        raise ValueError(
+            f"{folder} is no folder; give prepared data, a run, a checkpoint, a model or a teacher's cache"
+        )
     if (path / FILE).exists():
         return f"{folder}: prepared data, whole: {_data(folder)}"
+    if (path / cache.FILE).exists():
+        return f"{folder}: samples of a teacher, whole: {cache.Cache(path).verify():,} windows"
     if (path / sharded.PROGRESS).exists():
         sharded.verify(path)
         return f"{folder}: a checkpoint, whole: step {sharded.step_of(path)}"

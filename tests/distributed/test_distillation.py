@@ -4,17 +4,23 @@ Student and teacher differ in all but their vocabulary: a masked, compact, tied 
 dense Qwen3 from a LLaMA.
 """
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
 import pytest
 import torch
 from models import ARCHITECTURES, InMemory, random_model, weights_of
 from ranks import run
+from shear_kernels import sample_teacher
+from shear_kernels.sampling import in_parts, sample
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shear_tron.dims import sizes
 from shear_tron.masks import Masks
-from shear_tron.model.context import DENSE, Context
+from shear_tron.model.context import DENSE, Context, TeacherSamples, TeacherStates
 from shear_tron.model.distill import Distill
+from shear_tron.model.split import Split
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
 from shear_tron.parallel.pipeline import Engine, build_stages
@@ -103,28 +109,59 @@ def _together(student: str, topology: Topology) -> Result:
     found = [masks(student, topology.dp_rank * count + number) for number in range(count)]
     keeps = [keep_part(m, architecture.shape, topology.tp_rank, layout.tp, 1, topology.device) for m in found]
     contexts = [Context(under, keep) for under, keep in zip(found, keeps, strict=True)]
-    engine.train(tokens, labels, taught.teach(tokens, contexts))
-    for tensor in (*(p for stage in stages for p in stage.parameters()), *(m for own in found for _, m in own.items())):
-        tensor.grad = None
-    terms = engine.train(
-        tokens, labels, taught.teach(tokens, contexts)
-    )  # the second step finds the teacher as the first
-    result: Result = {"terms": engine.broadcast(terms, len(tokens)), "dp_rank": torch.tensor(topology.dp_rank)}
+    for layer in taught.engine.stages[0].layers.values():  # a teacher larger than fits is sharded
+        assert layer.q.to_local().numel() * layout.shard * layout.tp == layer.q.numel()
+
+    def step(teacher: Iterable[Context]) -> Result:
+        for tensor in (
+            *(p for part in stages for p in part.parameters()),
+            *(m for own in found for _, m in own.items()),
+        ):
+            tensor.grad = None
+        terms = engine.train(tokens, labels, teacher)
+        sync.sum_tied(stages, topology)
+        grads = {}
+        for kind, _ in found[0].items():
+            leaves = [getattr(under, kind) for under in found]
+            zero = torch.zeros_like(leaves[0])
+            grads[f"mask.{kind}"] = torch.stack([zero if m.grad is None else m.grad * (m != 0) for m in leaves]).sum(0)
+        if grads:
+            sync.sum_parts_mean_data(list(grads.values()), topology)
+        for stage in stages:
+            for name, parameter in stage.named_parameters():
+                assert isinstance(parameter.grad, DTensor)
+                grads[f"grad.{name}"] = parameter.grad.full_tensor()
+        return grads | {"terms": engine.broadcast(terms, len(tokens))}
+
+    step(taught.teach(tokens, contexts))
+    result = step(taught.teach(tokens, contexts))  # the second step finds the teacher as the first
     again = engine.broadcast(engine.evaluate(tokens, labels, DENSE), len(tokens))
     assert (again[1] == 0).all()  # not known without a teacher
-    sync.sum_tied(stages, topology)
-    for stage in stages:
-        for name, parameter in stage.named_parameters():
-            assert isinstance(parameter.grad, DTensor)
-            result[f"grad.{name}"] = parameter.grad.full_tensor()
-    grads = {}
-    for kind, _ in found[0].items():
-        leaves = [getattr(under, kind) for under in found]
-        zero = torch.zeros_like(leaves[0])
-        grads[f"mask.{kind}"] = torch.stack([zero if m.grad is None else m.grad * (m != 0) for m in leaves]).sum(0)
-    if grads:
-        sync.sum_parts_mean_data(list(grads.values()), topology)
-    return result | grads
+    cached = step(sampled(student, tokens, taught.teach(tokens, contexts), taught.engine.stages[0].split))
+    for key, value in result.items():
+        torch.testing.assert_close(cached[key], value, atol=1e-10, rtol=0, msg=lambda text, k=key: f"{k}: {text}")
+    return result | {"dp_rank": torch.tensor(topology.dp_rank)}
+
+
+def sampled(student: str, tokens: Tensor, contexts: Iterable[Context], split: Split) -> Iterator[Context]:
+    """The same with as many samples as there are words, which are all of the teacher; and fewer are what they are of
+    one that is whole."""
+    teacher, points = random_model(ARCHITECTURES[PAIRS[student]], seed=1), torch.full((2, MICRO_BATCH * TIME), 0.3)
+    for context, rows in zip(contexts, tokens.split(MICRO_BATCH), strict=True):
+        if not isinstance(context.teacher, TeacherStates):
+            yield context
+            continue
+        states, head = context.teacher.states, context.teacher.head
+        with torch.no_grad():
+            p = (teacher(rows).flatten(0, 1) / TEMPERATURE).softmax(-1)
+        size = head.shape[0], head.shape[0] * split.size, split.all_reduce_sum
+        found = sample_teacher(states, head, 5, points, TEMPERATURE, split.rank * size[0], *size[1:], chunk=5)
+        ids, shares = sample(p, 5, points[0])
+        assert (found[0] == ids).all()
+        assert (found[1] == in_parts(shares, points[1])).all()
+        information = (p * p.log()).sum(-1)
+        torch.testing.assert_close(found[2], information, atol=1e-10, rtol=0)
+        yield replace(context, teacher=TeacherSamples(*sample(p, size[1], points[0]), information))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -12,7 +12,7 @@ from ranks import run
 from shear_tron import cli
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.huggingface import read_architecture
-from shear_tron.train import metrics
+from shear_tron.train import cache, metrics
 from shear_tron.train.loop import Trainer
 from shear_tron.train.schedule import learning_rate_factor
 
@@ -198,6 +198,71 @@ def test_a_run_learns_from_a_teacher_alike_in_every_layout(world: Path, tmp_path
     assert plain[-1]["loss"] != lines[-1]["loss"]
     assert "divergence" not in plain[0]
     assert lines[0]["flops"] == pytest.approx(plain[0]["flops"] * 4 / 3, rel=1e-6)  # one forward more
+
+
+def test_a_cached_teacher_teaches_alike_in_every_layout_and_need_not_be_there(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all words as samples a run is what it is with its teacher; filled on four ranks, interrupted before."""
+    shutil.copytree(world / "model", tmp_path / "teacher")
+    taught = [f"distill.teacher={tmp_path}/teacher", "distill.alpha=0.7", "distill.temperature=2.0"]
+    cached = [*taught, f"distill.cache={tmp_path}/cache", "distill.samples=320"]
+    settings = ["prune.method=fisher", "prune.warmup_steps=2", "train.steps=4", "prune.calibration_batches=1"]
+    config = [str(world / "prune.yaml"), f"run={tmp_path}/cached", "data.update_every=0", *settings]
+    train(world, tmp_path / "online", *settings, *taught)
+    assert cli.main(["train", *config, *cached]) == 2
+    assert "fill it with `shear-tron cache-teacher" in capsys.readouterr().err
+
+    monkeypatch.setattr(cache, "FILE_BYTES", 3 * 16 * (320 * 4 + 4))  # three windows a file
+    add = cache.Writer.add
+
+    def until(self: cache.Writer, *given: Any) -> None:
+        if len(list(self.folder.glob("*.safetensors"))) == 2:
+            raise ValueError("the power went out")
+        add(self, *given)
+
+    monkeypatch.setattr(cache.Writer, "add", until)
+    assert cli.main(["cache-teacher", *config, *cached]) == 1
+    monkeypatch.setattr(cache.Writer, "add", add)
+    first = cache.Cache(tmp_path / "cache").files()
+    assert cli.main(["train", *config, *cached]) == 2
+    assert "windows that this run draws" in capsys.readouterr().err
+    run(4, fill_and_train_on_ranks, [*config, *cached], f"run={tmp_path}/ranks")
+    assert set(first) < set(cache.Cache(tmp_path / "cache").files())
+    shutil.rmtree(tmp_path / "teacher")
+    assert cli.main(["show", *config, *cached]) == 0
+    assert "320 samples per token, 1284 bytes" in capsys.readouterr().out
+    assert cli.main(["verify", str(tmp_path / "cache")]) == 0
+
+    train(world, tmp_path / "cached", *settings, *cached)
+    for name in ("cached", "ranks"):
+        for before, after in zip(metrics.read(tmp_path / "online"), metrics.read(tmp_path / name), strict=True):
+            assert after["loss"] == pytest.approx(before["loss"], abs=2e-4)
+            assert after["divergence"] == pytest.approx(before["divergence"], abs=2e-3)
+    assert after["flops"] < before["flops"]
+
+    for overrides, message in (
+        (["train.steps=40"], "windows that this run draws"),
+        (["distill.temperature=1.0"], "was filled with temperature=2.0, and this run has 1.0"),
+        (["distill.samples=8"], "was filled with samples=320"),
+    ):
+        assert cli.main(["train", *config, *cached, f"run={tmp_path}/other", *overrides]) == 2
+        assert message in capsys.readouterr().err
+    damaged = first[0].read_bytes()
+    first[0].write_bytes(damaged[:-1])
+    assert cli.main(["verify", str(tmp_path / "cache")]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def fill_and_train_on_ranks(arguments: list[str], run: str) -> None:
+    import torch.distributed as dist
+
+    from shear_tron.parallel import topology
+
+    topology.world_size = dist.get_world_size
+    topology.stop = lambda: None
+    assert cli.main(["cache-teacher", *arguments, "parallel.tp=2", "parallel.pp=2"]) == 0
+    assert cli.main(["train", *arguments, run, "parallel.pp=2"]) == 0
 
 
 def test_a_teacher_that_does_not_fit_is_refused(

@@ -156,9 +156,11 @@ def test_new_weights_count_from_the_very_next_batch(manifest: Manifest) -> None:
     batches = Batches(sampler(manifest), 32, 0, 32, [1, 0, 0])
     assert set(batches.next()[1].tolist()) == {0}
     batches.set_weights([0, 1, 0])
-    tokens, domains = batches.next()
+    tokens, domains, windows = batches.next()
     assert set(domains.tolist()) == {1}
     assert tokens.min() >= 10000
+    alone = Sampler(manifest, NAMES[1:2], SEQUENCE, 7)  # a domain's windows come in an order of its own
+    assert windows.tolist() == alone.draw(32, [1]).window.tolist()
     batches.close()
 
 

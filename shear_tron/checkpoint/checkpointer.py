@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.remote import Remote, in_one_line
 from shear_tron.files import sha256, sync, write_atomically
-from shear_tron.parallel.agree import AgreedError, first_text, gather_texts, require_all
+from shear_tron.parallel.agree import AgreedError, first_text, gather_texts, highest, require_all
 
 PARTIAL = ".partial"
 
@@ -69,6 +69,13 @@ class Checkpointer:
     def latest(self) -> Path | None:
         """The newest checkpoint that is whole, in the background ones that are being written aside; None without."""
         return sharded.latest(self.run)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, one that is being written included: it is waited for. The same on all ranks."""
+        self.wait()
+        found = self.latest()
+        (step,) = highest(-1 if found is None else sharded.step_of(found))
+        return None if step < 0 else sharded.path(self.run, step)
 
     def last_good(self) -> str:
         """A sentence about it."""

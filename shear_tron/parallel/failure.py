@@ -10,8 +10,13 @@ PATIENCE = 3.0  # seconds in which a rank that is alive has noticed that another
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether ``error`` says only that another rank is gone or late, and not why."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    """Whether ``error`` says only that another rank is gone or late, and not why.
+
+    Pipelines raise an error of their own from it.
+    """
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
+        return True
+    return error.__cause__ is not None and lost_peer(error.__cause__)
 
 
 def is_first_to_fail() -> bool:

@@ -28,8 +28,8 @@ MAY_CHANGE = (
 ON_PURPOSE = (
     "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.min_learning_rate", "optimizer.weight_decay",
     "optimizer.betas", "optimizer.eps", "optimizer.clip", "optimizer.schedule", "train.micro_batch",
-    "train.precision", "data.weights", "data.mixture", "data.update_every", "data.evaluate_windows",
-    "prune.learning_rate",
+    "train.precision", "train.rewind_above", "data.weights", "data.mixture", "data.update_every",
+    "data.evaluate_windows", "prune.learning_rate",
 )  # fmt: skip
 
 

@@ -25,6 +25,9 @@ class TrainConfig(Section):
     log_every: PositiveInt = 1  # steps between lines of metrics.jsonl
     # a step whose loss or gradient is not finite changes nothing; after so many of them in a row the run stops
     max_skipped: PositiveInt = 3
+    # where a step's loss is so many nats above the mean of the 32 before: go back to the newest checkpoint, and on with
+    # the samples after the step's (docs/reliability.md); none: never
+    rewind_above: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -30,12 +30,13 @@ from shear_tron.train.evaluation import DomainLosses, HeldOut
 from shear_tron.train.facts import data_sheet, open_log, spent
 from shear_tron.train.health import Health
 from shear_tron.train.metrics import GATES, LOG, REFERENCES, Log, listed
-from shear_tron.train.moments import go_on_with, start_from
-from shear_tron.train.optimizer import adamw, moments, set_updates, start_moments
+from shear_tron.train.optimizer import adamw, moments, start_moments
 from shear_tron.train.plan import Inputs, Plan
 from shear_tron.train.pruner import Pruner
+from shear_tron.train.resume import go_back, resume
 from shear_tron.train.schedule import rate_factor
 from shear_tron.train.speed import StepCost
+from shear_tron.train.spikes import Spikes
 from shear_tron.train.stopping import Signals, Stopped
 from shear_tron.train.teacher import Teacher, readout_of
 from shear_tron.train.viewers import viewers
@@ -79,12 +80,14 @@ class Trainer:
         self.step = 0  # batches used
         self.updates_before = 0  # of the optimizer, in the run whose moments this one goes on with
         self.health = Health(train.max_skipped)
+        self.spikes = Spikes(train.rewind_above, train.max_skipped)
         self.stop_signal = self.save_is_due = 0  # of this step: what the ranks agreed on
+        self.back_to: Path | None = None  # a checkpoint: the loss jumped
         self.mixture: Mixture | None = None
         self.sampler = Sampler(inputs.manifest, inputs.names, self.config.data.sequence, train.seed)
         self.share = train.batch // topology.layout.dp  # sequences of a batch that this rank computes
         self.held_out = HeldOut(inputs.manifest, inputs.names, self.config.data, self.engine, topology, self.share)
-        sharded.require_finite(self._tensors(), f"{self.config.model} cannot be trained")
+        sharded.require_finite(self.tensors(), f"{self.config.model} cannot be trained")
 
     def fit(self) -> dict[str, float]:
         """Train to the last step, from the newest checkpoint if there is one. Returns final held-out losses.
@@ -97,7 +100,7 @@ class Trainer:
 
     def _fit(self) -> dict[str, float]:
         train = self.config.train
-        resumed = self._resume()
+        resumed = resume(self)
         if self.topology.is_main:
             record_config(self.config, self.step)
         seen_by = viewers(self.run, self.step, self.config) if self.topology.is_main else []
@@ -120,6 +123,9 @@ class Trainer:
             line: dict[str, Any] = {"step": 0, "tokens": 0, "weights": self._weights()}
             while self.step < train.steps:
                 line = self._update(batches)
+                if self.back_to:
+                    go_back(self, self.back_to, line["loss"], batches)
+                    continue
                 self.step += 1
                 if self.step == train.steps:
                     break
@@ -196,13 +202,15 @@ class Trainer:
             report[name] = DomainLosses.of(term, domains, self.inputs.names, self.topology).mean()
         factor = rate_factor(self.config, self.step)
         problem = self.health.problem(losses, float(norm), self.pruner is None or self.pruner.is_finite())
-        votes = problem is not None, self.signals.asked, self.checkpointer.is_late()
-        skip, self.stop_signal, self.save_is_due = highest(*votes)
+        votes = problem is not None, self.signals.asked, self.checkpointer.is_late(), self.spikes.found(losses.mean())
+        skip, self.stop_signal, self.save_is_due, spike = highest(*votes)
+        self.back_to = self.checkpointer.newest() if spike and not skip else None
         self.health.count(bool(skip))
         if skip:
             last = batches.state()["number"] - 1
             report["skipped"] = f"{first_text(problem)}; samples {last - train.batch + 1} to {last} changed nothing"
-        else:
+        elif not self.back_to:
+            self.spikes.count(losses.mean())
             for group in self.optimizer.param_groups:
                 group["lr"] = optimizer.learning_rate * factor
             if self.pruner:
@@ -235,9 +243,9 @@ class Trainer:
             self.log.say("reference losses measured from the source: " + listed(references))
         if self.topology.is_main and references:
             write_atomically(self.run / REFERENCES, json.dumps(references, indent=1) + "\n")
-        return self._mixture(references or {})
+        return self.mixture_from(references or {})
 
-    def _mixture(self, references: dict[str, float]) -> Mixture:
+    def mixture_from(self, references: dict[str, float]) -> Mixture:
         settings = self.config.data.mixture
         if not self.config.data.update_every:
             settings = settings.model_copy(update={"update": "constant"})
@@ -252,7 +260,8 @@ class Trainer:
         if self.pruner and (self.step % max(1, self.config.train.steps // SNAPSHOTS) == 0 or "held_out" in line):
             self.log.write({"step": self.step} | snapshot(self.pruner.method.expected()), GATES)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything to checkpoint that is a tensor, by name; the tensors themselves."""
         parameters = {name: p for stage in self.stages for name, p in stage.named_parameters()}
         found = {name: parameter.detach() for name, parameter in parameters.items()}
         found |= moments(self.optimizer, parameters)
@@ -263,36 +272,11 @@ class Trainer:
         state = {
             "updates_before": self.updates_before,
             "health": self.health.state(),
+            "losses": self.spikes.state(),
             "sampler": batches.state(),
             "mixture": self.mixture.state(),
             "references": self.mixture.references,
         }
         with self.log.wait(f"saving step {self.step}"):
-            self.checkpointer.save(self.step, self._tensors(), state)
-
-    def _resume(self) -> int | None:
-        """Go on from the newest checkpoint. Returns its step; None where there is none."""
-        checkpoint = self.checkpointer.latest()
-        if checkpoint is None:
-            named: dict[str, Tensor] = {name: p for stage in self.stages for name, p in stage.named_parameters()}
-            tensors = moments(self.optimizer, named)
-            if earlier := self.config.optimizer.moments:
-                self.updates_before = go_on_with(earlier, self.run, tensors, self.topology.is_main)
-            elif start := self.config.init_from:
-                self.updates_before = start_from(start, named, tensors)
-            set_updates(self.optimizer, self.updates_before)
-            return None
-        progress = sharded.progress(checkpoint)
-        self.step, state = progress.step, progress.state
-        self.updates_before = state["updates_before"]
-        self.health.restore(state["health"])
-        updates = self.step - self.health.skipped
-        start_moments(self.optimizer, self.updates_before + updates)
-        if self.pruner:
-            self.pruner.begin_at(updates)
-        sharded.load(checkpoint, self._tensors())
-        self.sampler.restore(state["sampler"])
-        self.mixture = self._mixture(state["references"])
-        if "data.weights" not in self.changed:
-            self.mixture.restore(state["mixture"])
-        return self.step
+            self.checkpointer.save(self.step, self.tensors(), state)
+        self.changed = ()  # from here on checkpoints are this config's

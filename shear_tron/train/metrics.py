@@ -1,8 +1,8 @@
 """What a run tells: a progress bar on the terminal, and in its folder one JSON line a step and snapshots of its gates.
 
-``metrics.jsonl`` opens with a record {"run": {...}} of what is running where, and a resumed run adds another; all other
-lines are steps. A run may be killed in the middle of a line, and readers may come while one is being written: a last
-line that is not whole is not there.
+``metrics.jsonl`` opens with a record {"run": {...}} of what is running where, and a resumed run adds another; a run
+that goes back because its loss jumped adds {"rewind": {...}}; all other lines are steps. A run may be killed in the
+middle of a line, and readers may come while one is being written: a last line that is not whole is not there.
 """
 
 import json
@@ -32,11 +32,22 @@ class Log:
     ) -> None:
         self.run = run if is_main else None
         self.viewers = viewers if is_main else ()
-        for file in (run / LOG, run / GATES) if self.run else ():
-            if file.exists():
-                kept = [json.dumps(line) + "\n" for line in _readable(file) if _step(line) <= first]
-                write_atomically(file, "".join(kept))
+        self._drop_after(first)
         self.bar = bar(title, steps, "step", not is_main, initial=first, leave=True)
+
+    def _drop_after(self, step: int, going_back: bool = False) -> None:
+        """going_back: records of having gone back to that very step before stay."""
+        for file in (self.run / LOG, self.run / GATES) if self.run else ():
+            if file.exists():
+                lines = [line for line in _readable(file) if _step(line) <= step + (going_back and "rewind" in line)]
+                write_atomically(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def go_back(self, at: int, to: int, samples: Sequence[int], loss: float) -> None:
+        """From a step whose loss jumped: lines after step ``to`` are dropped, and a record says why."""
+        self._drop_after(to, going_back=True)
+        self.write({"rewind": {"at": at, "to": to, "samples": list(samples), "loss": loss}})
+        self.say(f"step {at}: loss {loss:.3f} jumped; back to step {to}, samples {samples[0]} to {samples[1]} left out")
+        self.bar.update(to - self.bar.n)
 
     def write(self, values: Mapping[str, Any], file: str = LOG) -> None:
         if self.run:
@@ -157,4 +168,7 @@ def _readable(file: Path) -> list[dict[str, Any]]:
 
 
 def _step(line: dict[str, Any]) -> int:
+    """After which step a line was written; going back to a step comes before it is saved, and is undone with it."""
+    if "rewind" in line:
+        return int(line["rewind"]["to"]) + 1
     return int(line["run"]["from_step"] if "run" in line else line["step"])

@@ -109,11 +109,15 @@ def _tell(error: Exception, plan: Plan, verb: str = "train") -> None:
         reason = (
             f"{who} not answer: it was killed (out of memory?), its machine is gone, or it hangs for more than "
             f"parallel.timeout={plan.config.parallel.timeout} seconds; start the same command again to go on from "
-            f"the last checkpoint ({' '.join(str(error).split())[:200]})"
+            f"the last checkpoint ({_in_one_line(error)})"
         )
     elif isinstance(error, ValueError | OSError):
         reason = str(error)
     else:
         traceback.print_exception(error)
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {_in_one_line(error)}"
     print(f"shear-tron {verb}: {prefix}{reason}", file=sys.stderr, flush=True)
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:200]

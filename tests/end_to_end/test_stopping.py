@@ -157,8 +157,8 @@ def torchrun(script: str, folder: Path, *arguments: str) -> subprocess.Completed
 )
 def test_an_error_of_any_rank_is_told_once(world: Path, tmp_path: Path, fault: str, reason: str) -> None:
     plain = ["prune=null", "data.update_every=0", "data.reference_losses=null", "checkpoint.every=1"]
-    timeout = ["parallel.timeout=5"] if "sleep" in fault else []
-    arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *plain, *timeout]
+    layout = ["parallel.timeout=5"] if "sleep" in fault else ["parallel.pp=2"]  # pipelines wrap errors of their peers
+    arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *plain, *layout]
     ended = torchrun(FAULTY.format(fault=fault), tmp_path, *arguments)
     ours = [line for line in ended.stderr.splitlines() if "shear-tron train: " in line]
     assert len(ours) == 1, ended.stderr
@@ -275,6 +275,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_copy_to_the_bit(
     assert Remote("memory://bucket/run").steps() == [4, 6, 8]
 
 
+@pytest.mark.rehearsal
 def test_ranks_send_their_own_files(never: Path, world: Path, tmp_path: Path) -> None:
     settings = [f"run={tmp_path}/run", *STEPS, f"checkpoint.upload=file://{tmp_path}/copy"]
     assert run(2, on_ranks, str(world / "prune.yaml"), settings) == [143, 143]

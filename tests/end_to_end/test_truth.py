@@ -210,3 +210,80 @@ def test_only_our_checkpoints_count_and_are_deleted(world: Path, tmp_path: Path)
     assert (folder / "step-original" / sharded.PROGRESS).is_file()
     assert (folder / "step-99999999").is_dir()
     assert (folder / "step-00000001").is_symlink()
+
+
+SPIKES = ["train.steps=14", "checkpoint.every=5", "checkpoint.keep=9", "train.rewind_above=2", "data.update_every=0"]
+
+
+def jump(numbers: set[int], patch: Any = setattr) -> None:
+    """The loss of batches jumps by 5 nats: of those that end before these sample numbers."""
+    from shear_tron.train.loop import Trainer
+
+    update, broadcast, at = Trainer._update, Engine.broadcast, [0]
+
+    def remembered(self: Trainer, batches: Any) -> dict[str, Any]:
+        at[0] = batches.state()["number"] + 8
+        return update(self, batches)
+
+    def jumped(self: Engine, *arguments: Any) -> Tensor:
+        found = broadcast(self, *arguments)
+        return found + 5 if at[0] in numbers else found
+
+    patch(Trainer, "_update", remembered)
+    patch(Engine, "broadcast", jumped)
+
+
+def test_a_loss_that_jumps_takes_the_run_back_past_its_batch(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice, from steps 12 and 13 to step 10; a run that is killed in between does the same, to the bit."""
+    from shear_tron.train.loop import Trainer
+
+    jump({8 * 12, 8 * 15}, monkeypatch.setattr)
+    arguments = ["train", str(world / "prune.yaml"), *SPIKES]
+    assert cli.main([*arguments, f"run={tmp_path}/never"]) == 0
+    assert "step 12: loss" in (told := capsys.readouterr().err)
+    assert "jumped; back to step 10, samples 80 to 95 left out" in told
+    lines = metrics.read_lines(tmp_path / "never" / metrics.LOG)
+    backs = [line["rewind"] for line in lines if "rewind" in line]
+    assert [(each["at"], each["to"], each["samples"]) for each in backs] == [(12, 10, [80, 95]), (13, 10, [80, 119])]
+    assert [line["step"] for line in metrics.read(tmp_path / "never")] == list(range(1, 15))
+    assert all(line["loss"] < 8 for line in metrics.read(tmp_path / "never"))
+    update = Trainer._update
+
+    def until(self: Trainer, batches: Any) -> dict[str, Any]:
+        if batches.state()["number"] == 8 * 13:  # after it went back for the first time
+            raise ValueError("the power went out")
+        return update(self, batches)
+
+    monkeypatch.setattr(Trainer, "_update", until)
+    assert cli.main([*arguments, f"run={tmp_path}/run"]) == 1
+    monkeypatch.setattr(Trainer, "_update", update)
+    assert cli.main([*arguments, f"run={tmp_path}/run"]) == 0
+    never, resumed = (sharded.latest(tmp_path / name) or tmp_path for name in ("never", "run"))
+    assert same(state(never), state(resumed))
+    again = metrics.read_lines(tmp_path / "run" / metrics.LOG)
+    assert [line["rewind"] for line in again if "rewind" in line] == backs
+
+    monkeypatch.undo()
+    jump({8 * number for number in range(12, 99)}, monkeypatch.setattr)
+    assert cli.main([*arguments, f"run={tmp_path}/hopeless"]) == 1
+    assert "the loss has jumped 4 times since step 10, last within samples 80 to 119" in capsys.readouterr().err
+
+
+def rewinding(config: str, overrides: list[str]) -> int:
+    import torch.distributed as dist
+
+    from shear_tron.parallel import topology
+
+    topology.world_size = dist.get_world_size
+    topology.stop = lambda: None
+    jump({8 * 12})
+    return cli.main(["train", config, *overrides])
+
+
+def test_ranks_go_back_together(world: Path, tmp_path: Path) -> None:
+    settings = [f"run={tmp_path}/run", *SPIKES, "parallel.pp=2", "checkpoint.background=true"]
+    assert run(2, rewinding, str(world / "prune.yaml"), settings) == [0, 0]
+    assert [line["step"] for line in metrics.read(tmp_path / "run")] == list(range(1, 15))
+    assert sum("rewind" in line for line in metrics.read_lines(tmp_path / "run" / metrics.LOG)) == 1

@@ -108,6 +108,12 @@ class Run:
         return file.read_text() if file.exists() else None
 
 
+def fresh(run: Path) -> Path:
+    """A folder without what a soak that was stopped left there."""
+    shutil.rmtree(run, ignore_errors=True)
+    return run
+
+
 def finish(place: Path, run: Path, settings: list[str]) -> Run:
     done = Run(place, run, settings)
     if any(done.end()):
@@ -178,7 +184,7 @@ def killed_run(place: Path, number: int, most: int, seed: int) -> dict[str, Any]
     layout = now = list(LAYOUTS)[number % len(LAYOUTS)]
     moves = number // len(LAYOUTS) % len(LAYOUTS) == number % len(LAYOUTS)  # one run of four, each layout in its turn
     never, seconds = undisturbed(place, layout, [])
-    run, kills = place / f"run-{number}", []
+    run, kills = fresh(place / f"run-{number}"), []
     for _ in range(min(most, draw.randrange(1, 4))):
         if moves and kills:
             now = draw.choice([other for other in LAYOUTS if other != now])
@@ -200,7 +206,7 @@ def killed_run(place: Path, number: int, most: int, seed: int) -> dict[str, Any]
 
 def writes(place: Path, layout: str) -> list[Fault]:
     """The disk is full from each write of a short run on."""
-    counting = place / "counting"
+    counting = fresh(place / "counting")
     running = finish(place, counting, [*LAYOUTS[layout], *SHORT])
     found = []
     for number in range(RANKS):
@@ -212,7 +218,7 @@ def writes(place: Path, layout: str) -> list[Fault]:
 def full_run(place: Path, layout: str, fault: Fault) -> dict[str, Any]:
     """A run that meets a full disk, then has space again. A row of the report."""
     never, _ = undisturbed(place, layout, SHORT)
-    run = place / f"full-{fault.rank}-{fault.at}"
+    run = fresh(place / f"full-{fault.rank}-{fault.at}")
     settings = [*LAYOUTS[layout], *SHORT, f"checkpoint.background={str(bool(fault.at % 2)).lower()}"]
     running = Run(place, run, settings, fault)
     statuses, where, said = running.end(), running.killed_at(), running.ours()

@@ -6,22 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import InMemory
+from models import ARCHITECTURES, InMemory, random_model, weights_of
 from ranks import run
-from torch import Tensor, nn
+from torch import Tensor
 
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.huggingface import write
-from shear_tron.model.transformer import Transformer
 from shear_tron.parallel.data import shard
 from shear_tron.parallel.pipeline import Engine, build_stages
-from shear_tron.parallel.topology import Layout, start
-from shear_tron.shape import Shape
+from shear_tron.parallel.topology import Layout, Topology, start
 from shear_tron.train.activations import activation_scores
 from shear_tron.train.rotation import second_moments
 
-SOURCE = Architecture(Shape(hidden=24, layers=4, heads=8, kv_heads=4, head_dim=6, ffn=20, vocab=40))
-BATCH, TIME, BATCHES = 8, 6, 2
+BATCH, TIME, BATCHES = 4, 6, 2
 LAYOUTS = {
     "fsdp2": Layout(shard=2),
     "tp4": Layout(tp=4, sequence=False),
@@ -29,54 +26,67 @@ LAYOUTS = {
     "pp2 interleaved": Layout(pp=2, schedule="interleaved", stages_per_rank=2),
     "all on 8": Layout(pp=2, shard=2, tp=2),
 }
+SUBJECT = "llama, grouped"
+CASES = [(layout, SUBJECT) for layout in LAYOUTS] + [("all on 8", model) for model in ARCHITECTURES if model != SUBJECT]
+Seen = dict[str, Tensor]
 
 
-def start_weights() -> InMemory:
+def start_weights(architecture: Architecture) -> InMemory:
     """The weights to start from, the same on every rank."""
-    torch.manual_seed(0)
-    model = Transformer(SOURCE).double()
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
-    return InMemory({name: parameter.detach() for name, parameter in model.named_parameters()})
+    return InMemory(weights_of(random_model(architecture)))
 
 
-def batches() -> list[tuple[Tensor, Tensor]]:
+def batches(vocab: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    windows = [torch.randint(40, (BATCH, TIME + 1), generator=generator) for _ in range(BATCHES)]
+    windows = [torch.randint(vocab, (BATCH, TIME + 1), generator=generator) for _ in range(BATCHES)]
     return [(each[:, :-1], each[:, 1:]) for each in windows]
 
 
-def seen(layout: Layout) -> dict[str, Tensor]:
+def seen(layout: Layout, models: list[str]) -> dict[str, Seen]:
+    """Of these models, in one set of processes."""
     topology = start(layout, torch.device("cpu"))
+    return {name: _seen(ARCHITECTURES[name], topology) for name in models}
+
+
+def _seen(architecture: Architecture, topology: Topology) -> Seen:
+    layout, weights = topology.layout, start_weights(architecture)
     stages = [
-        shard(stage, start_weights(), topology, torch.float64, torch.float64)
-        for stage in build_stages(SOURCE, topology, "none")
+        shard(stage, weights, topology, torch.float64, torch.float64)
+        for stage in build_stages(architecture, topology, "none")
     ]
     engine = Engine(stages, topology, BATCH // layout.dp, 1, TIME, torch.float64)
-    own = [tuple(x.chunk(layout.dp)[topology.dp_rank] for x in each) for each in batches()]
+    own = [tuple(x.chunk(layout.dp)[topology.dp_rank] for x in each) for each in batches(architecture.shape.vocab)]
     scores = activation_scores(engine, own, topology)
     return scores | {"moments": second_moments(engine, own, topology)}
 
 
 @cache
-def alone() -> dict[str, Tensor]:
-    return run(1, seen, Layout())[0]
+def alone() -> dict[str, Seen]:
+    return run(1, seen, Layout(), list(ARCHITECTURES))[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_every_layout_sees_the_same(layout: Layout) -> None:
-    for result in run(layout.world, seen, layout):
-        assert result.keys() == alone().keys()
+@cache
+def ranks_of(layout: str) -> list[dict[str, Seen]]:
+    return run(LAYOUTS[layout].world, seen, LAYOUTS[layout], [model for place, model in CASES if place == layout])
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_every_layout_sees_the_same(layout: str, model: str) -> None:
+    expected = alone()[model]
+    for results in ranks_of(layout):
+        result = results[model]
+        assert result.keys() == expected.keys()
         for name, value in result.items():
             torch.testing.assert_close(
-                value, alone()[name], atol=1e-10, rtol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
+                value, expected[name], atol=1e-10, rtol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
             )
 
 
 def test_what_is_seen_is_what_hooks_of_transformers_see(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    write(tmp_path / "model", SOURCE, start_weights().weights.items(), dtype=torch.float32)
+    source = ARCHITECTURES[SUBJECT]
+    write(tmp_path / "model", source, start_weights(source).weights.items(), dtype=torch.float32)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "model").double()
     inputs: dict[str, list[Tensor]] = {}
     outputs: dict[str, list[Tensor]] = {}
@@ -97,9 +107,9 @@ def test_what_is_seen_is_what_hooks_of_transformers_see(tmp_path: Path) -> None:
             )
         )
     with torch.no_grad():
-        for tokens, _ in batches():
+        for tokens, _ in batches(source.shape.vocab):
             model(tokens)
-    scores = alone()
+    scores = alone()[SUBJECT]
     normed = {name: torch.cat(each) for name, each in outputs.items()}
     close = {"atol": 1e-4, "rtol": 1e-4}  # weights are stored, and transformers turns q and k, in float32
     torch.testing.assert_close(scores["hidden"], sum(each.abs().mean(0) for each in normed.values()), **close)

@@ -16,7 +16,9 @@ from shear_tron.masks import Masks
 from shear_tron.model.context import Context
 from shear_tron.model.transformer import Transformer
 from shear_tron.params import count, layer_rows, params
+from shear_tron.pruning.config import PruneConfig, TargetConfig
 from shear_tron.pruning.extract import extract
+from shear_tron.pruning.make import make_method
 
 PLAIN, TIED = ARCHITECTURES["llama"], ARCHITECTURES["llama, tied"]
 
@@ -66,6 +68,24 @@ def test_masked_model_is_extracted_model_is_hugging_face(name: str, soft: bool, 
         # Their norms and rotary angles are in float32 even in a float64 model.
         assert largest_difference(theirs(tokens).logits, masked) < 1e-6 * masked.abs().max()
     assert all(torch.equal(Weights.open(tmp_path / "model", target).read(k), v) for k, v in tensors.items())
+
+
+@pytest.mark.parametrize("method", ["hard_concrete", "magnitude"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_decided_masks_make_exactly_the_target(name: str, method: str) -> None:
+    """Law 6, of learned gates and of scores."""
+    source = ARCHITECTURES[name]
+    kept = TargetConfig(hidden=2 * source.shape.head_dim, layers=3, heads=2, kv_heads=2, ffn=8)
+    target = kept.shape(source.shape)
+    made = make_method(PruneConfig(target=kept, method=method, warmup_steps=1), source, target, seed=0)
+    for tensor in made.tensors().values():
+        tensor.copy_(torch.rand(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    assert extracted(random_model(source), made.decide())[0] == source.keep_layers(target, kept_layers(made.decide()))
+
+
+def kept_layers(masks: Masks) -> list[int]:
+    assert masks.layers is not None
+    return masks.layers.nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)

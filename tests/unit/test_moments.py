@@ -14,7 +14,7 @@ from shear_tron.pruning.gates import Gates
 from shear_tron.train.moments import POWERS
 
 
-@pytest.mark.parametrize("name", ["llama, grouped", "llama, tied", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_cut_gradient_is_the_cut_models(name: str) -> None:
     source = ARCHITECTURES[name]
     target = replace(source.shape, hidden=16, layers=3, heads=source.shape.heads_per_group * 2, kv_heads=2, ffn=12)

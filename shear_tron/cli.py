@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,11 +59,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _in_one_line(error: Exception) -> str:
     """An error nobody foresaw: what it says, and a file that says where it came from."""
-    with tempfile.NamedTemporaryFile("w", prefix="shear-tron-", suffix=".txt", delete=False) as trace:
-        trace.write("".join(traceback.format_exception(error)))
     lines = str(error).strip().splitlines() or [""]
     name = type(error).__name__
-    return f"{lines[0] or name}{f' ({name})' if lines[0] else ''}; {trace.name} says where, as does --debug"
+    where = "--debug says where"
+    with suppress(OSError):  # the disk may be what is full
+        with tempfile.NamedTemporaryFile("w", prefix="shear-tron-", suffix=".txt", delete=False) as trace:
+            trace.write("".join(traceback.format_exception(error)))
+        where = f"{trace.name} says where, as does --debug"
+    return f"{lines[0] or name}{f' ({name})' if lines[0] else ''}; {where}"
 
 
 def prepare(arguments: argparse.Namespace) -> None:

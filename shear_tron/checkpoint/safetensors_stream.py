@@ -48,6 +48,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def open_file(path: Path) -> Any:
     """The library's handle on one file, its header checked against the file's length; ValueError naming the file."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no regular file; fetch it again")
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:

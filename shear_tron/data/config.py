@@ -14,6 +14,7 @@ class DataConfig(Section):
     """Where the tokens are and how domains are mixed (paper section 2.2)."""
 
     folder: str  # made by `shear-tron prepare`
+    verify: bool = False  # read every shard before the first step, and compare its sha256; ranks share the work
     sequence: PositiveInt  # tokens a training window predicts
     # starting mixture, normalised: a weight a domain, "proportional" to their tokens, or a run folder: that run's final
     weights: dict[str, Share] | str = "proportional"

@@ -68,6 +68,7 @@ class Fields:
 
 _ABSENT = object()
 DAMAGED = object()  # stands for a record that could not be read
+LONGEST = 256 << 20  # bytes of a line, or of a text file, decompressed; 13 MB of .gz can unfold to gigabytes
 
 
 def _dig(record: Any, name: str) -> Any:
@@ -124,12 +125,23 @@ def _jsonl(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
         position = piece.start
         if position:  # the line that is under way belongs to the piece before
             lines.seek(position - 1)
-            position += len(lines.readline()) - 1
+            position -= 1
+            while rest := lines.readline(LONGEST):
+                position += len(rest)
+                if rest.endswith(b"\n"):
+                    break
         while piece.stop is None or position < piece.stop:
-            line = lines.readline()
+            line = lines.readline(LONGEST)
             if not line:
                 return
             start, position = position, position + len(line)
+            if len(line) == LONGEST and not line.endswith(b"\n"):
+                while rest := lines.readline(LONGEST):
+                    position += len(rest)
+                    if rest.endswith(b"\n"):
+                        break
+                yield DAMAGED
+                continue
             if line.isspace():
                 continue
             try:
@@ -166,8 +178,11 @@ def _datasets(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
 def _text(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
     """The whole file is one document."""
     with _open(piece.path) as stream:
+        content = cast(bytes, stream.read(LONGEST + 1))
+        if len(content) > LONGEST:
+            raise ValueError(f"{piece.path} holds more than {LONGEST:,} bytes of text; cut it into several files")
         try:
-            yield cast(bytes, stream.read()).decode()
+            yield content.decode()
         except UnicodeDecodeError:
             yield DAMAGED
 

@@ -29,7 +29,7 @@ from shear_tron.data.duplicates import drop_duplicates
 from shear_tron.data.manifest import Domain, Manifest
 from shear_tron.data.shards import WORK, Encoding, Read, Receipt, Sign, Task, Tokenise
 from shear_tron.data.stats import stats
-from shear_tron.data.tasks import DomainSource, plan
+from shear_tron.data.tasks import DomainSource, plan, require_outside
 from shear_tron.data.tokenizer import Tokenizer, load
 from shear_tron.hub import located
 from shear_tron.progress import bar
@@ -79,6 +79,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     Killed and started again, it goes on with the tasks that are missing; started again after it is done, it checks
     and returns. Raises ValueError for input that cannot be read, and for a domain that has no text.
     """
+    for name, source in config.domains.items():
+        require_outside(config.output, name, source)
     tokenizer = load(config.tokenizer)
     encoding = _encoding(config, tokenizer)
     settings = {"tokenizer": tokenizer.sha256, "bos": encoding.bos, "separator": encoding.separator}

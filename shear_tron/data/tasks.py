@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import fsspec  # type: ignore[import-untyped]
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shear_tron.data.documents import SUFFIXES, Fields, Format, Piece, compression, format_of
 from shear_tron.data.shards import Task
+from shear_tron.reading import LARGEST
 
 
 class DomainSource(BaseModel):
@@ -67,6 +68,13 @@ def plan(name: str, source: DomainSource, held_out: float, piece_bytes: int, set
     ]
 
 
+def require_outside(output: str, name: str, source: DomainSource) -> None:
+    """ValueError where what is written into ``output`` would be read as text of a domain the next time."""
+    folder = Path(source.path)
+    if folder.is_dir() and Path(output).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"output={output} is inside domain {name!r}, path={source.path}; write somewhere else")
+
+
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -114,14 +122,25 @@ def _files(name: str, source: DomainSource) -> tuple[list[tuple[str, int, str]],
 def _folder(name: str, system: Any, path: str) -> list[str]:
     """Files below a folder; of a saved Hugging Face dataset only its data, not what its cache left there."""
     if system.exists(f"{path}/dataset_dict.json"):
-        splits = json.loads(system.cat_file(f"{path}/dataset_dict.json"))["splits"]
+        splits = _values(system, f"{path}/dataset_dict.json", "splits", str)
         raise ValueError(
             f"domain {name!r}: path={path} holds the splits {', '.join(splits)}; give one, {path}/{splits[0]}"
         )
     if system.exists(f"{path}/state.json"):
-        data = json.loads(system.cat_file(f"{path}/state.json")).get("_data_files", [])
-        return [f"{path}/{file['filename']}" for file in data]
+        files = _values(system, f"{path}/state.json", "_data_files", dict)
+        return [f"{path}/{PurePath(str(file.get('filename'))).name}" for file in files]
     return list(system.find(path))
+
+
+def _values(system: Any, file: str, key: str, kind: type[Any]) -> list[Any]:
+    """The list of ``kind`` under ``key`` of a JSON file. ValueError where there is none."""
+    try:
+        found = json.loads(system.cat_file(file, end=LARGEST)).get(key)
+    except (ValueError, AttributeError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not found or not all(isinstance(each, kind) for each in found):
+        raise ValueError(f"{file} has no list of {key}; save the dataset again")
+    return found
 
 
 def _format(name: str, source: DomainSource, paths: list[str]) -> Format:

@@ -1,7 +1,9 @@
 """What a broken run says: one rank speaks for all, and names those that fell silent."""
 
 import time
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -41,3 +43,20 @@ def silent_ranks(patience: float = PATIENCE) -> list[int]:
     except (RuntimeError, ValueError):
         return []
     return silent
+
+
+def keep_recording(folder: Path) -> Path | None:
+    """Write what this rank's collectives did last, as torch's flight recorder has it, to a JSON file in ``folder``.
+
+    None where this torch records nothing, or the disk refuses.
+    """
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    if dump is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"rank-{dist.get_rank()}.json"
+        file.write_bytes(dump())
+    except (OSError, RuntimeError, ValueError):
+        return None
+    return file

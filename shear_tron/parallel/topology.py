@@ -156,6 +156,7 @@ def start(layout: Layout, device: torch.device, timeout_seconds: int = 600) -> T
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that the flight recorder remembers
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)  # a rank that dies must not leave its peers waiting for ever
         if "RANK" in os.environ:

@@ -39,6 +39,7 @@ from shear_tron.train.speed import StepCost
 from shear_tron.train.spikes import Spikes
 from shear_tron.train.stopping import Signals, Stopped
 from shear_tron.train.teacher import Teacher, readout_of
+from shear_tron.train.verify import verify_together
 from shear_tron.train.viewers import viewers
 
 SNAPSHOTS = 64  # of the gates in a run, about
@@ -87,6 +88,8 @@ class Trainer:
         self.sampler = Sampler(inputs.manifest, inputs.names, self.config.data.sequence, train.seed)
         self.share = train.batch // topology.layout.dp  # sequences of a batch that this rank computes
         self.held_out = HeldOut(inputs.manifest, inputs.names, self.config.data, self.engine, topology, self.share)
+        if self.config.data.verify:
+            verify_together(inputs.manifest, topology)
         sharded.require_finite(self.tensors(), f"{self.config.model} cannot be trained")
 
     def fit(self) -> dict[str, float]:

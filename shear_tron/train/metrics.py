@@ -150,7 +150,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     whole = text[: text.rfind("\n") + 1].splitlines()
     try:
         return [json.loads(line) for line in whole]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); restore it, or delete the line") from None
 
 

@@ -63,6 +63,8 @@ def _write(
 ) -> str:
     verb = "export" if run.config.prune is None else "extract"
     require_form(architecture, form)
+    if Path(output).resolve().is_relative_to((run.path / sharded.FOLDER).resolve()):
+        raise ValueError(f"{output} is among the checkpoints of {run.path}; write somewhere else")
     given = shown(tensors, architecture, output)
     if samples:
         require_samples(run, architecture, form, samples)

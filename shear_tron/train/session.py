@@ -5,12 +5,13 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from shear_tron.parallel import topology
 from shear_tron.parallel.agree import AgreedError
-from shear_tron.parallel.failure import is_first_to_fail, lost_peer, silent_ranks
+from shear_tron.parallel.failure import is_first_to_fail, keep_recording, lost_peer, silent_ranks
 from shear_tron.parallel.topology import Topology
 from shear_tron.progress import bar
 from shear_tron.pruning.reached import missed, told
@@ -20,6 +21,7 @@ from shear_tron.train.plan import Inputs, Plan
 from shear_tron.train.stopping import Signals, Stopped
 
 FAILED, MISSED = 1, 3
+RECORDINGS = "flight-recorder"  # in a run's folder: of each rank that lost a peer
 
 
 def session(
@@ -100,6 +102,7 @@ def _say(ranks: Topology, text: str, verb: str = "train") -> None:
 
 def _tell(error: Exception, plan: Plan, verb: str = "train") -> None:
     """Say what broke on this rank, unless another rank has spoken: peers of a broken rank break too."""
+    kept = keep_recording(Path(plan.config.run) / RECORDINGS) if lost_peer(error) else None
     if not is_first_to_fail():
         return
     prefix = f"rank {topology.rank()}: " if plan.layout.world > 1 else ""
@@ -109,7 +112,7 @@ def _tell(error: Exception, plan: Plan, verb: str = "train") -> None:
         reason = (
             f"{who} not answer: it was killed (out of memory?), its machine is gone, or it hangs for more than "
             f"parallel.timeout={plan.config.parallel.timeout} seconds; start the same command again to go on from "
-            f"the last checkpoint ({_in_one_line(error)})"
+            f"the last checkpoint ({_in_one_line(error)}){f'; the last collectives: {kept.parent}' if kept else ''}"
         )
     elif isinstance(error, ValueError | OSError):
         reason = str(error)

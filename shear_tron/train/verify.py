@@ -5,6 +5,8 @@ from pathlib import Path
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.model_folder import is_nanotron, open_model
 from shear_tron.data.manifest import FILE, Manifest
+from shear_tron.parallel.agree import require_all
+from shear_tron.parallel.topology import Topology, rank
 from shear_tron.progress import bar
 from shear_tron.train import cache
 from shear_tron.train.run_folder import CONFIG
@@ -54,3 +56,14 @@ def _model(folder: str) -> str:
         if not bool(model.read(name).isfinite().all()):
             raise ValueError(f"{name} of {folder} holds NaN or infinite values; fetch or write it again")
     return f"{len(names)} tensors, all values finite, {model.architecture.shape}"
+
+
+def verify_together(manifest: Manifest, topology: Topology) -> None:
+    """Read every shard once, each rank its share. Collective; AgreedError where one is not what was written."""
+    problem = None
+    try:
+        for shard in manifest.shards()[rank() :: topology.layout.world]:
+            manifest.verify_shard(shard)
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    require_all(problem)

@@ -109,6 +109,18 @@ def test_empty_domain(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "void" in refused(capsys, "prepare", str(tmp_path / "prepare.yaml"))
 
 
+def test_output_inside_a_domain(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prepare.yaml").write_text(
+        f"output: {tmp_path}/text/out\ntokenizer: {world}/model\ndomains: {{all: {{path: {tmp_path}/text}}}}\n"
+    )
+    shutil.copytree(world / "text", tmp_path / "text")
+    told = refused(capsys, "prepare", str(tmp_path / "prepare.yaml"))
+    assert f"output={tmp_path}/text/out is inside domain 'all', path={tmp_path}/text; write somewhere else" in told
+    (tmp_path / "text" / "state.json").write_text('{"_data_files": [1]}')
+    told = refused(capsys, "prepare", str(tmp_path / "prepare.yaml"), f"output={tmp_path}/out")
+    assert "state.json has no list of _data_files; save the dataset again" in told
+
+
 def test_extract_and_export_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("extract", "export"):
         assert "is no run folder" in refused(capsys, verb, str(tmp_path), str(tmp_path / "out"))

@@ -63,6 +63,10 @@ def test_flipped_bits_are_found(trained: Path, world: Path, tmp_path: Path, caps
             file.write_bytes(good)
     assert cli.main(["verify", str(tmp_path / "data")]) == 0
     assert cli.main(["verify", str(tmp_path / "run")]) == 0
+    flip(next((tmp_path / "data").rglob("held_out/*.ds")), draw)
+    train = ["train", str(world / "prune.yaml"), f"run={tmp_path}/other", f"data.folder={tmp_path}/data", *STEPS]
+    assert cli.main([*train, "data.verify=true"]) == 1
+    assert "does not have its sha256: it is damaged" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_not_used(
@@ -107,6 +111,8 @@ def test_folders_are_not_confused(
         assert message in capsys.readouterr().err
     assert cli.main([*train, f"run={tmp_path}/run", f"checkpoint.upload=file://{tmp_path}/run"]) == 2
     assert "is the run's own folder" in capsys.readouterr().err
+    assert cli.main(["extract", f"{tmp_path}/run", f"{tmp_path}/run/checkpoints/small"]) == 2
+    assert "is among the checkpoints of" in capsys.readouterr().err
     config = tmp_path / "run" / "config.yaml"
     whole = config.read_text()
     damaged = (("run: [", "though there are checkpoints beside it"), ("- 1", "not a config"), (None, "No such file"))

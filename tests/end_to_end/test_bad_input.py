@@ -56,8 +56,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line that the command prints."""
     assert cli.main(list(arguments)) == 2
-    lines = [line for line in capsys.readouterr().err.split("\n") if "it/s" not in line and "B/s" not in line]
-    (error,) = filter(None, lines)  # one line beside progress bars
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (error,) = re.findall(r"^shear-tron .*", said, re.M)  # one line beside progress bars
     assert error.startswith(f"shear-tron {arguments[0]}: ")
     return error
 

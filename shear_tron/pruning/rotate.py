@@ -18,6 +18,7 @@ from shear_tron.params import by_leaf
 
 # The norm whose output each matrix reads. Other weights along hidden write to the stream.
 READS = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm", "gate": "mlp_norm", "up": "mlp_norm", "lm_head": "norm"}
+PIECE = 1 << 24  # entries of a weight that are turned at once: 128 MB in float64
 
 
 class Weights(Protocol):
@@ -67,14 +68,28 @@ class Turned:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if leaf in READS.values():
             return torch.ones_like(weight, dtype=dtype)
-        wide = weight.double()
-        if leaf in READS:
-            wide = wide * self.weights.read(f"{prefix}.{READS[leaf]}" if prefix else READS[leaf]).double()
+        norm = self.weights.read(f"{prefix}.{READS[leaf]}" if prefix else READS[leaf]) if leaf in READS else None
         dims = by_leaf(self.architecture)[leaf].dims
-        if self.axes is not None and Dim.HIDDEN in dims:
-            axes = self.axes.to(wide.device)
-            wide = wide @ axes if dims[-1] is Dim.HIDDEN else axes.T @ wide
-        return wide.to(dtype)
+        axes = None if self.axes is None or Dim.HIDDEN not in dims else self.axes
+        device = weight.device if axes is None else axes.device  # a GPU turns a 7B in seconds
+        lies = weight.dim() > 1 and dims[0] is Dim.HIDDEN  # hidden is its rows, and any of its columns turns alone
+        turned = torch.empty_like(weight, dtype=dtype)
+        pieces = zip(*(_pieces(each, 1 if lies else 0) for each in (weight, turned)), strict=True)
+        for piece, place in pieces:
+            wide = piece.to(device).double()
+            if norm is not None:
+                wide *= norm.to(device)
+            if axes is not None:
+                wide = axes.T @ wide if lies else wide @ axes
+            place.copy_(wide)
+        return turned
+
+
+def _pieces(weight: Tensor, axis: int) -> tuple[Tensor, ...]:
+    """Views of ``weight`` cut along ``axis``, each small enough to have in float64 several times; whole if a vector."""
+    if weight.dim() == 1:
+        return (weight,)
+    return torch.split(weight, max(1, PIECE * weight.shape[axis] // weight.numel()), axis)
 
 
 def principal_axes(moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from shear_tron.dims import KINDS, sizes
 from shear_tron.params import params
 from shear_tron.pruning.gates import uniform
 
+PIECE = 1 << 24  # entries of a matrix that are in float64 at once: 128 MB
+
 
 def magnitude(read: Callable[[str], Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """The sum of squares of the weights that each unit has a part in, float64, by kind.
@@ -22,16 +24,23 @@ def magnitude(read: Callable[[str], Tensor], architecture: Architecture) -> dict
     for parameter in params(architecture):
         if len(parameter.size) == 1:
             continue
-        square = read(parameter.name).detach().double().square()
-        for axis, dim in enumerate(parameter.row.dims):
-            along = square.sum(1 - axis).view([int(getattr(shape, factor)) for factor in dim.factors])
+        sums = _squares(read(parameter.name).detach())
+        for own_sums, dim in zip(sums, parameter.row.dims, strict=True):
+            along = own_sums.view([int(getattr(shape, factor)) for factor in dim.factors])
             for place, kind in enumerate(dim.factors):
                 if kind in scores:
                     own = scores[kind] if scores[kind].dim() == 1 else scores[kind][parameter.layer]
                     own += along.movedim(place, 0).reshape(len(own), -1).sum(1)
         if parameter.layer is not None:
-            scores["layers"][parameter.layer] += square.sum()
+            scores["layers"][parameter.layer] += sums[0].sum()
     return scores
+
+
+def _squares(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a matrix, the sums of squares of each row and of each column, float64, a few rows at a time."""
+    squares = (rows.double().square() for rows in torch.split(weight, max(1, PIECE // weight.shape[1])))
+    sums = [(each.sum(1), each.sum(0)) for each in squares]
+    return torch.cat([rows for rows, _ in sums]), torch.stack([columns for _, columns in sums]).sum(0)
 
 
 def chance(seed: int, architecture: Architecture) -> dict[str, Tensor]:

@@ -35,7 +35,9 @@ def state(run: Path) -> dict[str, torch.Tensor]:
 def test_interrupted_and_resumed_is_never_interrupted_and_keeps_the_targets_counts(
     world: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One of them after a rotation, and one that learns from a teacher: those go on as exactly."""
     settings = [f"prune.method={method}", "train.steps=8", "checkpoint.every=3", "prune.calibration_batches=2"]
+    settings += {"random": ["prune.rotate=true"], "magnitude": [f"distill.teacher={world}/model"]}.get(method, [])
     train(world, tmp_path / "whole", *settings)
     update = Trainer._update
 

@@ -13,6 +13,7 @@ from shear_tron.architecture import Architecture
 from shear_tron.dims import CUT_KINDS, KINDS, sizes
 from shear_tron.masks import Masks
 from shear_tron.params import params
+from shear_tron.pruning import scores as scores_module
 from shear_tron.pruning.config import PruneConfig, TargetConfig
 from shear_tron.pruning.make import make_method
 from shear_tron.pruning.scored import Scored
@@ -110,7 +111,9 @@ def test_a_skipped_step_changes_nothing_and_broken_gradients_are_seen() -> None:
     assert all(torch.equal(scores, before[kind]) for kind, scores in method.scores.items())
 
 
-def test_magnitude_by_hand() -> None:
+@pytest.mark.parametrize("piece", [30, 1 << 24])
+def test_magnitude_by_hand(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores_module, "PIECE", piece)
     generator = torch.Generator().manual_seed(0)
     weights = {
         p.name: torch.randn(p.size, generator=generator, dtype=torch.float64) for p in params(Architecture(SOURCE))

@@ -58,6 +58,7 @@ def test_only_answers_have_a_loss(sft: ModuleType, world: Path, tmp_path: Path) 
         sft.read(tmp_path / "talk.jsonl")
 
 
+@pytest.mark.rehearsal
 def test_a_model_learns_an_answer(
     sft: ModuleType, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

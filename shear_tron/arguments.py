@@ -55,6 +55,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     autocomplete(parser)  # a shell that asks what could follow gets its answer here
     arguments, options = parser.parse_known_args(argv)
+    if taken := {"overrides", "given"} & vars(arguments).keys():  # argparse takes none that come after an option
+        after = [word for word in options if "=" in word and not word.startswith("-")]
+        getattr(arguments, *taken).extend(after)
+        options = [word for word in options if word not in after]
     if options and arguments.verb != "bench":  # bench hands its options to kernels/bench/run.py
         parser.error(f"unrecognized arguments: {' '.join(options)}")
     arguments.options = options

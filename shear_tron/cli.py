@@ -231,6 +231,7 @@ def verify(arguments: argparse.Namespace) -> None:
 def show(arguments: argparse.Namespace) -> None:
     from shear_tron.config import load
     from shear_tron.forecast.job import Job
+    from shear_tron.forecast.known import teacher
     from shear_tron.forecast.memory import peak, told
     from shear_tron.train.config import RunConfig
     from shear_tron.train.show import show as text
@@ -238,7 +239,7 @@ def show(arguments: argparse.Namespace) -> None:
     before = load(RunConfig, arguments.after) if arguments.after else None
     planned, shown = text(load(RunConfig, arguments.config, arguments.overrides), arguments.world, before)
     print(shown)
-    print(told(peak(Job.of(planned.config, planned.architecture, planned.layout))))
+    print(told(peak(Job.of(planned.config, planned.architecture, planned.layout, teacher(planned.config)))))
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from shear_tron.checkpoint.model_folder import is_here
 from shear_tron.config import ConfigError, load
 from shear_tron.forecast.devices import device
 from shear_tron.forecast.job import Job
-from shear_tron.forecast.known import architecture
+from shear_tron.forecast.known import architecture, teacher
 from shear_tron.forecast.recipe import STAGE2_TOKENS, Stage, second_stage, stage, text
 from shear_tron.forecast.target import propose
 from shear_tron.parallel.topology import Layout
@@ -57,7 +57,7 @@ def _stages(files: list[str], overrides: list[str], gpus: int) -> list[Stage]:
             layout = Layout.plan(parallel, found.shape, gpus)
         except ConfigError:  # made for another number of ranks
             layout = Layout.plan(parallel.model_copy(update={"dp": None, "shard": None}), found.shape, gpus)
-        stages.append(stage(f"stage {order}, {file}", config, found, layout))
+        stages.append(stage(f"stage {order}, {file}", config, found, layout, teacher(config)))
         try:
             layout.require_batch(config.train.batch, config.train.micro_batch, config.data.sequence)
         except ValueError:

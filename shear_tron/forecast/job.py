@@ -26,11 +26,17 @@ class Job:
     fused: bool = True
     pruning: bool = False
     compact: bool = True
+    teacher: Architecture | None = (
+        None  # run forward at every step; one that is read from a cache costs next to nothing
+    )
+    teacher_bytes: int = 2  # of its weights and activations
 
     @classmethod
-    def of(cls, config: RunConfig, architecture: Architecture, layout: Layout) -> "Job":
+    def of(
+        cls, config: RunConfig, architecture: Architecture, layout: Layout, teacher: Architecture | None = None
+    ) -> "Job":
         """A step of ``config`` on GPUs: bfloat16 and kernels."""
-        train, prune = config.train, config.prune
+        train, prune, distill = config.train, config.prune, config.distill
         return cls(
             architecture,
             layout,
@@ -40,7 +46,17 @@ class Job:
             train.activation_checkpointing,
             pruning=prune is not None,
             compact=prune.compact if prune else True,
+            teacher=teacher,
+            teacher_bytes=4 if distill and distill.precision == "float32" else 2,
         )
+
+    @property
+    def taught(self) -> "Job | None":
+        """The teacher, as a job of its own of which only the forward is done."""
+        if self.teacher is None:
+            return None
+        plain = {"compute_bytes": self.teacher_bytes, "pruning": False, "teacher": None}
+        return replace(self, architecture=self.teacher, **plain)  # type: ignore[arg-type]
 
     @property
     def microbatches(self) -> int:

@@ -4,6 +4,7 @@ from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.model_folder import is_here, read_architecture
 from shear_tron.hub import is_id
 from shear_tron.shape import Shape
+from shear_tron.train.config import RunConfig
 
 SHAPES = {
     "llama-2-7b": Shape(4096, 32, 32, 32, 128, 11008, 32000),
@@ -24,3 +25,9 @@ def architecture(model: str) -> Architecture:
     if model.lower() in SHAPES:
         return Architecture(SHAPES[model.lower()], context=4096)
     raise ValueError(f"--model={model} holds no config.json and is not known by name; known are {', '.join(SHAPES)}")
+
+
+def teacher(config: RunConfig) -> Architecture | None:
+    """Of the model that a run distils from at every step; None where it reads a cache, or distils from none."""
+    distill = config.distill
+    return architecture(distill.teacher) if distill and distill.teacher and not distill.cache else None

@@ -66,6 +66,8 @@ def candidates(job: Job, gpus: int, device: Device) -> Iterator[Job]:
                     try:
                         layout = Layout.plan(ParallelConfig(tp=tp, pp=pp, shard=shard), shape, gpus)
                         layout.require_batch(job.batch, micro_batch, job.time)
+                        if job.teacher:
+                            Layout.plan(ParallelConfig(tp=tp, pp=pp, shard=shard), job.teacher.shape, gpus)
                     except (ConfigError, ValueError):
                         continue
                     for checkpointing in ("none", "selective", "full"):

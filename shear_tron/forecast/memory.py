@@ -9,6 +9,7 @@ gathers; an allocator's fragments are not.
 
 from dataclasses import dataclass
 
+from shear_kernels import distillation
 from shear_kernels.cross_entropy import CHUNK_LOGITS, KEPT_BYTES
 
 from shear_tron.forecast.job import Job
@@ -55,6 +56,7 @@ def _moments(job: Job, pp_rank: int) -> list[Peak]:
         "weights": WIDE * mine // layout.shard,
         "Adam's moments": 2 * WIDE * mine // layout.shard,
         "gates": _gates(job),
+        "teacher": _teacher(job, pp_rank),
     }
     inputs = job.streams * shape.hidden * job.compute_bytes  # of a layer
     whole, kept = saved(job), _kept_of_layer(job)
@@ -141,6 +143,11 @@ def _loss(job: Job) -> int:
     chunk = WIDE * vocab * min(job.tokens, max(1, CHUNK_LOGITS // vocab))
     gradients = 2 * WIDE * vocab * shape.hidden + 2 * e * job.tokens * shape.hidden
     kept = e * job.tokens * vocab
+    if job.teacher:
+        rows = distillation.CHUNK_LOGITS["cuda" if job.fused else "cpu"] // vocab
+        part = vocab * min(job.tokens, max(1, rows))
+        made, kept = 4 * WIDE * part, 2 * kept  # of a chunk, four at once (at temperature 1); two of them stay
+        return kept + max(gradients, made - 2 * e * part) if keeps_logits(job) else made + gradients
     if not keeps_logits(job):
         return chunk + gradients
     return kept + max(gradients, 0 if e == WIDE else chunk)  # in float32 the chunk itself is what is kept
@@ -148,7 +155,8 @@ def _loss(job: Job) -> int:
 
 def keeps_logits(job: Job) -> bool:
     """Whether the loss keeps what its backward would have to compute again."""
-    return job.compute_bytes * job.tokens * (job.architecture.shape.vocab // job.layout.tp) <= KEPT_BYTES
+    terms = 2 if job.teacher else 1  # a derivative for each of the two losses
+    return terms * job.compute_bytes * job.tokens * (job.architecture.shape.vocab // job.layout.tp) <= KEPT_BYTES
 
 
 def _copies(job: Job) -> int:
@@ -157,6 +165,18 @@ def _copies(job: Job) -> int:
         return 0
     kept = int(job.compute_bytes * job.held.layer * WHOLE**2) if job.compact else 0
     return kept + (0 if job.fused else 2 * job.compute_bytes * job.held.branch_ends)
+
+
+def _teacher(job: Job, pp_rank: int) -> int:
+    """A teacher's shards, what is outside its layers gathered, and its final states. Its layers' activations are gone
+    when backward begins, and smaller than the student's."""
+    taught = job.taught
+    if taught is None:
+        return 0
+    whole, root, e = taught.held.total(taught, pp_rank), taught.held.root(taught, pp_rank), taught.compute_bytes
+    last = pp_rank == job.layout.pp - 1
+    states = (job.microbatches if job.layout.pp > 1 else 1) * job.tokens * taught.architecture.shape.hidden * e * last
+    return e * (whole // job.layout.shard + root) + states
 
 
 def _gates(job: Job) -> int:

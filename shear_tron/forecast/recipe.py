@@ -32,11 +32,13 @@ class Stage:
         return float(self.steps) * self.job.batch * self.job.time
 
 
-def stage(title: str, config: RunConfig, architecture: Architecture, layout: Layout) -> Stage:
-    """The stage that ``config`` is, on ``layout``."""
+def stage(
+    title: str, config: RunConfig, architecture: Architecture, layout: Layout, teacher: Architecture | None = None
+) -> Stage:
+    """The stage that ``config`` is, on ``layout``; teacher: of those that it runs at every step."""
     train, prune = config.train, config.prune
     target = prune.target.shape(architecture.shape) if prune else None
-    job = Job.of(config, architecture, layout)
+    job = Job.of(config, architecture, layout, teacher)
     return Stage(title, job, train.steps, target, prune.warmup_steps / train.steps if prune else 0.0)
 
 
@@ -45,7 +47,7 @@ def second_stage(first: Stage, tokens: float) -> Stage:
     assert first.target is not None
     architecture = first.job.architecture.resized(first.target)
     batch = max(1, STAGE2_BATCH // first.job.time)
-    job = replace(first.job, architecture=architecture, batch=batch, pruning=False)
+    job = replace(first.job, architecture=architecture, batch=batch, pruning=False, teacher=None)
     return Stage("stage 2, assumed", job, round(tokens / batch / first.job.time), given=False)
 
 
@@ -72,6 +74,8 @@ def _stage(stage: Stage, gpus: int, device: Device, options: int) -> tuple[list[
     sizes = f"{count(model) / 1e9:.3g} B parameters"
     if stage.target:
         sizes += f" -> {count(model.resized(stage.target)) / 1e9:.3g} B"
+    if job.teacher:
+        sizes += f", with a teacher of {count(job.teacher) / 1e9:.3g} B"
     lines = [
         f"{stage.title}: {sizes}, {stage.steps:,} steps of {job.batch} x {job.time} = {stage.tokens / 1e9:.3g} B tokens"
     ]

@@ -54,22 +54,28 @@ def step(job: Job, device: Device, kept: Shape | None = None) -> Step:
     run = replace(job, architecture=job.architecture.resized(kept or shape))
     layout, layers = job.layout, (kept or shape).layers
     parts = {name: job.microbatches * seconds for name, seconds in _compute(job, run, device).items()}
+    if taught := job.taught:
+        parts["teacher's forward"] = job.microbatches * _forward(taught, keeps_logits(job), device)
     work = sum(parts.values())
     traffic = traffic_of(job)
     tensor = traffic["tensor"] / _rate(layout.tp, 1, device) * layers / shape.layers
+    tensor += traffic.get("teacher's tensor", 0.0) / _rate(layout.tp, 1, device)
     parts["tensor-parallel collectives"] = tensor
     hops = (shape.layers // layout.pp) * (2 * job.microbatches + 1) * (layout.shard - 1) * device.hop
-    data = traffic["data"] / _rate(layout.dp, layout.tp, device) + hops
+    data = (traffic["data"] + traffic.get("teacher's data", 0.0)) / _rate(layout.dp, layout.tp, device) + hops
     parts["FSDP's collectives that show"] = max(0.0, data - work - tensor)
     bubble = (layout.pp - 1) / (layout.stages_per_rank * job.microbatches)
     parts["pipeline bubble"] = bubble * (work + tensor)
     parts["optimizer"] = OPTIMIZER * job.held.total(job, 0) / layout.shard / device.bandwidth
     tokens = job.batch * job.time
+    model = flops(run.architecture, range(layers), True, tokens, job.time)
+    if job.teacher:
+        model += flops(job.teacher, range(job.teacher.shape.layers), True, tokens, job.time) // 3
     return Step(
         {name: seconds for name, seconds in parts.items() if seconds},
         traffic,
         tokens,
-        flops(run.architecture, range(layers), True, tokens, job.time),
+        model,
     )
 
 
@@ -130,6 +136,16 @@ def _compute(job: Job, run: Job, device: Device) -> dict[str, float]:
     }
 
 
+def _forward(taught: Job, once: bool, device: Device) -> float:
+    """Seconds of a teacher's forward of a microbatch, its logits included; once: backward makes them not again."""
+    n, pp, part = taught.tokens, taught.layout.pp, taught.part(taught.architecture.shape)
+    layers = -(-part.layers // pp)
+    pair = 2.0 * n * taught.time * part.heads * part.head_dim * layers
+    products = flops(taught.architecture.resized(part), range(layers), False, n, taught.time) / 3 - pair
+    products += (2.0 if once else 4.0) * n * part.vocab * part.hidden / pp
+    return products / device.products + pair / device.attention
+
+
 def traffic_of(job: Job) -> dict[str, float]:
     """Bytes that a rank sends in a step, by axis of the layout, on the busiest pipeline rank."""
     layout, shape, e = job.layout, job.architecture.shape, job.compute_bytes
@@ -144,6 +160,11 @@ def traffic_of(job: Job) -> dict[str, float]:
     tensor = job.microbatches * crossings * stream * (1 if layout.sequence or layout.tp == 1 else 2)
     pipeline = 2 * job.microbatches * e * job.streams * shape.hidden * layout.stages_per_rank * (layout.pp > 1)
     found = {"data": data, "tensor": tensor, "pipeline": float(pipeline)}
+    if taught := job.taught:  # forward only: weights gathered once, four crossings of a layer
+        e, deep = taught.compute_bytes, taught.architecture.shape
+        found["teacher's data"] = others * taught.held.total(taught, 0) * job.microbatches * e
+        stream = e * job.tokens * deep.hidden * (layout.tp - 1) / layout.tp
+        found["teacher's tensor"] = job.microbatches * (4 * deep.layers // layout.pp + 2) * stream
     if job.pruning:
         gates = shape.hidden + shape.layers * (1 + shape.kv_heads + shape.heads_per_group + shape.ffn)
         found["gates"] = 2.0 * WIDE * gates * (1 - 1 / layout.world)

@@ -1,5 +1,7 @@
 """Forecast memory against the measured peak of a training step: every allocation that torch's profiler sees."""
 
+from dataclasses import replace
+
 import pytest
 import ranks
 import torch
@@ -10,6 +12,8 @@ from shear_tron.forecast.job import Job
 from shear_tron.forecast.memory import peak
 from shear_tron.masks import Masks
 from shear_tron.model.context import Context
+from shear_tron.model.distill import Distill
+from shear_tron.model.readout import NEXT_TOKEN
 from shear_tron.parallel import sync, topology
 from shear_tron.parallel.data import shard
 from shear_tron.parallel.pipeline import Engine, build_stages
@@ -19,6 +23,7 @@ from shear_tron.pruning.gates import Gates
 from shear_tron.shape import Shape
 from shear_tron.train.config import OptimizerConfig
 from shear_tron.train.optimizer import adamw, start_moments
+from shear_tron.train.teacher import Teacher
 
 WIDE_VOCABULARY = Shape(hidden=256, layers=4, heads=8, kv_heads=4, head_dim=32, ffn=704, vocab=8192)
 DEEP = Shape(hidden=256, layers=8, heads=8, kv_heads=8, head_dim=32, ffn=704, vocab=2048, tied=True)
@@ -34,6 +39,7 @@ CASES = {
     "sharded": (DEEP, Layout(shard=2), 2, 4, "none", False),
     "tensor parallel": (WIDE_VOCABULARY, Layout(tp=2), 1, 8, "none", False),
     "pipeline": (DEEP, Layout(pp=2), 4, 2, "none", False),
+    "taught": (WIDE_VOCABULARY, Layout(), 1, 8, "none", False),  # by a model of its own shape
 }
 
 
@@ -52,13 +58,18 @@ def measured(case: str) -> int:
     shape, layout, count, micro, checkpointing, pruning = CASES[case]
     ranks_of = topology.start(layout, torch.device("cpu"))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        built = build_stages(Architecture(shape), ranks_of, checkpointing)
+        readout = Distill(0.5) if case == "taught" else NEXT_TOKEN
+        built = build_stages(Architecture(shape), ranks_of, checkpointing, readout)
         stages = [shard(stage, Zeros(shape), ranks_of, torch.float32, torch.float32) for stage in built]
         engine = Engine(stages, ranks_of, count, micro, TIME, torch.float32)
         optimizer = adamw([p for stage in stages for p in stage.parameters()], OptimizerConfig())
         start_moments(optimizer, 0)
         gated = [Context(_masks(shape, number)) for number in range(count)] if pruning else None
         tokens = torch.randint(0, shape.vocab, (count * micro, TIME))
+        if case == "taught":
+            counts = count, micro, TIME
+            teacher = Teacher(Architecture(shape), Zeros(shape), ranks_of, *counts, torch.float32)
+            gated = teacher.teach(tokens, gated)
         engine.train(tokens, tokens, gated)
         sync.clip(stages, 1.0, ranks_of)
         optimizer.step()
@@ -82,6 +93,7 @@ def test_forecast_is_within_a_tenth_of_the_measured_peak(case: str) -> None:
     job = Job(
         Architecture(shape), layout, count * micro * layout.dp, micro, TIME, checkpointing, 4, False, pruning, False
     )
+    job = replace(job, teacher=job.architecture, teacher_bytes=4) if case == "taught" else job
     expected = peak(job)
     print(f"{case}: measured {found / 1e6:.1f} MB, forecast {expected.total / 1e6:.1f} MB")
     assert expected.total == pytest.approx(found, rel=0.1)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from shear_tron import cli
-from shear_tron.arguments import VERBS
+from shear_tron.arguments import EXAMPLE, VERBS, parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +54,16 @@ def test_help_fits_a_screen_with_an_example(capsys: pytest.CaptureFixture[str]) 
     assert len(lines) <= 32
     assert max(map(len, lines)) <= 80
     assert any("shear-tron train prune.yaml --nproc 2" in line for line in lines)
+
+
+def test_overrides_may_come_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+    train = next(line.split()[1:] for line in EXAMPLE.splitlines() if " train " in line)
+    assert train[-1] == "train.steps=400"
+    assert parse(train).overrides == ["train.steps=400"]
+    assert parse(["plan", "a.yaml", "--gpus", "8", "b.c=d"]).given == ["a.yaml", "b.c=d"]
+    with pytest.raises(SystemExit):
+        parse([*train, "--no-such=option"])
+    assert "unrecognized arguments: --no-such=option" in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,6 +108,23 @@ def test_plan_of_both_stages_before_the_second_model_exists(
 
 
 @pytest.mark.slow
+def test_a_teacher_costs_memory_and_a_forward(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(LLAMA, EIGHT, 32, 1, 4096, "full")
+    taught, h100 = replace(job, teacher=LLAMA), device("h100")
+    shards, outside = 2 * count(LLAMA) / 8, 2 * 2 * 32000 * 4096
+    assert peak(taught).parts["teacher"] == pytest.approx(shards + outside + 2 * 4096 * 4096, rel=0.01)
+    more = step(taught, h100).seconds / step(job, h100).seconds
+    assert 1.15 < more < 1.35  # a forward is a third of a step, or a quarter of one that recomputes
+    monkeypatch.chdir(ROOT)
+    config = "examples/sheared-llama/prune-1.3b.yaml"
+    assert cli.main(["plan", config, "--gpus", "8", "distill.teacher=llama-2-7b"]) == 0
+    assert "with a teacher of 6.74 B" in capsys.readouterr().out
+    assert cli.main(["plan", config, "--gpus", "8", "distill.teacher=llama-2-7b", "distill.cache=samples"]) == 0
+    assert "with a teacher" not in capsys.readouterr().out
+
+
 def test_plan_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", "llama-2-7b", "--parameters", "1.3B", "--gpus", "8"]) == 0
     told = capsys.readouterr().out

@@ -129,7 +129,10 @@ class Checkpoint:
         return turn(tensor, self.architecture.shape.head_dim, back=True) if turned else tensor
 
     def read_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """Entries ``start`` to ``stop`` along ``axis`` (0 or 1) of one tensor."""
+        """Entries ``start`` to ``stop`` along ``axis`` (0 or 1); of an axis that files cut, no others are read."""
+        whole, part, first = self._parts[name]
+        if axis == whole.axis and not (self.interleaved and part.row.leaf in TURNED):
+            return self._between(whole, first + start, first + stop)
         return self.read(name).narrow(axis, start, stop - start).contiguous()
 
     def _between(self, whole: Whole, start: int, stop: int) -> Tensor:

@@ -207,7 +207,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(change: dict[str, Any], ma
         require(replace(MODELS["grouped"], **change))
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_goes_on_with_the_same_tokens(name: str, tmp_path: Path) -> None:
     cut = list(CUTS)[list(MODELS).index(name) % len(CUTS)]
@@ -270,6 +270,7 @@ def test_sentencepiece_is_written_piece_by_piece(llama2: Path, tmp_path: Path) -
     assert set(kinds[library.vocab_size() :]) <= {gguf.TokenType.UNUSED}
 
 
+@pytest.mark.rehearsal
 @pytest.mark.parametrize("form", ["", "saved"])
 def test_llama_cpp_cuts_text_as_sentencepiece(form: str, llama2: Path, tmp_path: Path) -> None:
     import sentencepiece

@@ -1,0 +1,144 @@
+"""What reliability costs: a step with everything on next to one with nothing, the stall of a save, a resume.
+
+    make demo                                           # once: its model and data
+    python examples/benchmarks/reliability.py [--steps 24] [--every 8] [--rounds 2] [CONFIG] [section.key=value ...]
+
+Runs of the demo's continued training (or of CONFIG), one process, in turns. *Nothing*: no vote of the ranks, no look at
+losses and gradients, no save. *Everything*: those, a checkpoint every 8 steps in the background and its copy by fsspec,
+shards verified, going back armed. The stall is the time that training waits in a save; the seconds of a step are those
+between two lines of the log. A resume is from the end of imports to the first step, in a process of its own. About six
+minutes on two cores, which nothing else may use. A row is appended to reliability.jsonl beside this script.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from shear_tron import cli
+from shear_tron.checkpoint.checkpointer import Checkpointer
+from shear_tron.train import loop, metrics
+from shear_tron.train.health import Health
+from shear_tron.train.loop import Trainer
+
+ROWS = Path(__file__).with_suffix(".jsonl")
+CONFIG = "examples/smollm2/continue.yaml"
+SAME = ["data.update_every=0", "checkpoint.minutes=0"]  # no evaluation between steps
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    """Training that looks at nothing and saves nothing."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(loop, "highest", lambda *votes: [0 for _ in votes]))
+        stack.enter_context(patch.object(Health, "problem", lambda *_: None))
+        stack.enter_context(patch.object(Checkpointer, "save", lambda *_: None))
+        yield
+
+
+@contextmanager
+def stalls(found: list[float]) -> Iterator[None]:
+    """Everything, and the seconds that training waits in each save."""
+    save = Checkpointer.save
+
+    def timed(self: Checkpointer, *arguments: Any) -> None:
+        began = time.perf_counter()
+        save(self, *arguments)
+        found.append(time.perf_counter() - began)
+
+    with patch.object(Checkpointer, "save", timed):
+        yield
+
+
+def seconds(run: Path) -> list[float]:
+    """Between two lines of the log, without the first step's."""
+    times = [line["time"] for line in metrics.read(run)]
+    return [after - before for before, after in pairwise(times)][1:]
+
+
+def train(arguments: list[str]) -> None:
+    if cli.main(["train", *arguments]):
+        sys.exit("the run failed")
+
+
+def resume(arguments: list[str]) -> None:
+    """In a process of its own: print the seconds from here to the first step."""
+    began = time.perf_counter()
+
+    def first(*_: Any) -> None:
+        print(f"seconds {time.perf_counter() - began}", flush=True)
+        sys.exit(0)
+
+    with patch.object(Trainer, "_update", first):
+        train(arguments)
+
+
+def measure(given: argparse.Namespace, place: Path) -> dict[str, Any]:
+    every = [f"checkpoint.every={given.every}", "checkpoint.background=true", "checkpoint.keep=1"]
+    every += [f"checkpoint.upload=file://{place}/copy", "data.verify=true", "train.rewind_above=9"]
+    common = [given.config, *given.overrides, *SAME, f"train.steps={given.steps}"]
+    steps: dict[str, list[float]] = {"nothing": [], "everything": []}
+    waited: list[float] = []
+    for number in range(given.rounds):
+        bare, run = place / f"bare-{number}", place / f"run-{number}"
+        with nothing():
+            train([*common, f"run={bare}"])
+        steps["nothing"] += seconds(bare)
+        with stalls(waited):
+            train([*common, *every, f"run={run}"])
+        steps["everything"] += seconds(run)
+    again = [*common, "train.rewind_above=9", f"train.steps={given.steps + 1}", f"run={run}"]
+    child = subprocess.run([sys.executable, __file__, "--resume", *again], capture_output=True, text=True, check=True)
+    told = next(line for line in child.stdout.splitlines() if line.startswith("seconds "))
+    nothing_mean, everything_mean = (statistics.mean(steps[kind]) for kind in ("nothing", "everything"))
+    plain = statistics.median(steps["everything"])
+    return {
+        "config": given.config,
+        "steps": given.steps * given.rounds,
+        "every": given.every,
+        "step_nothing": round(nothing_mean, 4),  # seconds, mean
+        "step_everything": round(everything_mean, 4),  # with all saves and evaluations between them
+        "speed": round(nothing_mean / everything_mean, 4),  # of everything, next to nothing
+        "speed_without_saves": round(statistics.median(steps["nothing"]) / plain, 4),  # medians: of the votes and looks
+        "stall": round(statistics.mean(waited), 4),  # seconds of a save
+        "stall_share": round(statistics.mean(waited) / given.every / plain, 4),  # of a step, averaged
+        "resume": round(float(told.split()[1]), 2),  # seconds
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default=CONFIG)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--every", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        row = measure(given, Path(place))
+    commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True).stdout.strip()
+    machine = {"commit": commit, "date": str(datetime.date.today()), "cpu": platform.processor() or platform.machine()}
+    row |= machine | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    print(json.dumps(row, indent=1))
+    with open(ROWS, "a") as rows:
+        rows.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--resume"]:
+        resume(sys.argv[2:])
+    else:
+        main()

@@ -36,8 +36,9 @@ check: .venv/ready ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-soak: .venv/ready ## 100 kills and 100,000 damaged inputs; hours
+soak: .venv/ready ## 100 kills, full disks, attacks and 100,000 damaged inputs; hours; goes on where it stopped
 	$(BIN)/python tests/soak/soak.py --kills 100 --report docs/soak.md
+	$(BIN)/python tests/soak/attacks.py > docs/attacks.md
 	SHEAR_TRON_FUZZ=100000 $(BIN)/python -m pytest tests/unit/test_fuzz.py
 
 bench: .venv/ready ## the kernel benchmark; without a GPU its roofline and the ahead-of-time table

@@ -164,9 +164,14 @@ def measure(model: str, config: ReferenceConfig) -> tuple[int, dict[str, float]]
     manifest = Manifest.read(str(config.folder), tokenizer=model)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    network: Any = AutoModelForCausalLM.from_pretrained(
-        located(model, weights=True), dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
+    folder = located(model, weights=True)
+    try:
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
+    except OSError as error:  # no safetensors, or cut short
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{model} cannot be measured ({reason}); pickled weights are never loaded") from None
     network = network.to(device).eval()
     losses = {}
     with torch.inference_mode(), bar(model, len(manifest.domains), "domains") as done:

@@ -71,6 +71,12 @@ def _draw(manifest: Manifest, lengths: dict[str, np.ndarray[tuple[int], np.dtype
     right.boxplot(
         [lengths[name] for name in names], orientation="horizontal", tick_labels=names, whis=(5, 95), showfliers=False
     )
-    right.set_xscale("log")
+    right.set_xscale(_scale(list(lengths.values())))
     right.set_xlabel("tokens per document\nbox: middle half, whiskers: 5 to 95 %")
     figure.savefig(picture, dpi=120)
+
+
+def _scale(lengths: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> str:
+    """Logarithmic for lengths over decades; over less than one its labels would collide."""
+    ends = [np.percentile(each, (5, 95)) for each in lengths if len(each)]
+    return "log" if ends and np.max(ends) > 10 * np.min(ends) else "linear"

@@ -1,6 +1,7 @@
 """`shear-tron init`: a first configuration for a model, a size and some text, to be read and changed."""
 
 import argparse
+import re
 from pathlib import Path
 
 from shear_tron.checkpoint.model_folder import read_architecture
@@ -119,10 +120,15 @@ def init(arguments: argparse.Namespace) -> str:
             raise ConfigError(f"{file} exists; give another --output, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in written.items():
-        file.write_text(content)
+        file.write_text(_aligned(content))
     first = [] if prepared else [f"shear-tron prepare {files['prepare']}"]
     steps_next = [*first, f"shear-tron show {files['prune']}", f"shear-tron train {files['prune']} --nproc 2"]
     return f"wrote {' and '.join(map(str, written))}; next:\n" + "\n".join(f"  {line}" for line in steps_next)
+
+
+def _aligned(text: str) -> str:
+    """Comments beside keys, below each other whatever the numbers are."""
+    return re.sub(r"^([^#\n]*[^#\s]) +# ", lambda key: f"{key[1]:<34} # ", text, flags=re.M)
 
 
 def _domains(folder: Path) -> str:

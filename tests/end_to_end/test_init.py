@@ -34,6 +34,10 @@ def test_from_text_to_a_pruned_model(
     assert "made with this model's tokenizer" in shown
     assert "closes an open gate: enough" in shown
     assert count(sheared(world / "model", load(RunConfig, "prune.yaml"))) == pytest.approx(70000, rel=0.03)
+    beside = [
+        line.index("# ") for line in Path("prune.yaml").read_text().splitlines() if line[0:1].isspace() and "# " in line
+    ]
+    assert beside == [35] * len(beside)
     assert cli.main(["train", "prune.yaml", "train.steps=9"]) == 0
     assert cli.main(given) == 2
     assert "prepare.yaml exists" in capsys.readouterr().err

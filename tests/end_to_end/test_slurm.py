@@ -1,4 +1,4 @@
-"""examples/slurm/train.sbatch on stubs of Slurm's commands: warned, the ranks save, and the job queues itself again."""
+"""What starts runs on clusters: examples/slurm/train.sbatch on stubs of Slurm's commands, and torchrun's restarts."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shear_tron.checkpoint import sharded
+from shear_tron.train import metrics
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm" / "train.sbatch"
 STUBS = {
@@ -57,3 +58,32 @@ def test_a_warned_job_saves_and_queues_itself_again(world: Path, tmp_path: Path)
     assert "resume with: torchrun ... shear-tron train" in said
     assert len(sharded.checkpoints(tmp_path / "run")) == 1
     assert (stubs / "told").read_text().splitlines() == ["--signal=USR1 7", "scontrol requeue 7"]
+
+
+# The command line on each rank of torchrun; in the first attempt rank 1 is killed before step 3.
+KILLED_ONCE = """
+import os, signal, sys
+from shear_tron import cli
+from shear_tron.train.loop import Trainer
+update = Trainer._update
+def killed(self, batches):
+    if self.step == 2 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(self, batches)
+Trainer._update = killed
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.rehearsal
+def test_torchrun_starts_a_killed_run_again_and_it_goes_on(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "killed_once.py").write_text(KILLED_ONCE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    settings = [f"run={tmp_path}/run", "train.steps=4", "prune.warmup_steps=3", "checkpoint.every=1"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "killed_once.py"), "train", str(world / "prune.yaml"), *settings],
+        capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [sharded.step_of(found) for found in sharded.checkpoints(tmp_path / "run")] == [3, 4]
+    assert [header["from_step"] for header in metrics.headers(tmp_path / "run")] == [0, 2]

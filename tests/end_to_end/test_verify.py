@@ -6,9 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from shear_tron import cli
+from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import sharded
+from shear_tron.checkpoint.model_folder import Form, write_model
+from shear_tron.params import params
+from shear_tron.shape import Shape
 
 STEPS = ["train.steps=3", "prune.warmup_steps=2", "checkpoint.every=1", "data.update_every=0"]
 
@@ -28,8 +33,12 @@ def flip(file: Path, draw: random.Random, after: int = 0) -> None:
 def test_whole_folders_are_told_in_plain_words(
     trained: Path, world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    checkpoint = sharded.latest(trained)
+    checkpoint, theirs = sharded.latest(trained), tmp_path / "nanotron"
+    small = Architecture(Shape(hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn=16, vocab=32))
+    tensors = [(each.name, torch.ones(each.size)) for each in params(small)]
+    write_model(theirs, small, tensors, Form("nanotron"), world / "model")
     for folder, text in (
+        (theirs, "a nanotron checkpoint, whole: "),
         (world / "data", "prepared data, whole: 3 domains, "),
         (world / "model", "a Hugging Face model, whole: "),
         (trained, "a run, whole: checkpoints of steps 2, 3"),
@@ -37,7 +46,9 @@ def test_whole_folders_are_told_in_plain_words(
     ):
         assert cli.main(["verify", str(folder)]) == 0
         assert f"{folder}: {text}" in capsys.readouterr().out
-    for folder in (tmp_path, tmp_path / "none"):
+    part = next(theirs.rglob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:-8])
+    for folder in (tmp_path, tmp_path / "none", theirs):
         assert cli.main(["verify", str(folder)]) == 2
 
 
@@ -154,8 +165,6 @@ def test_a_new_run_starts_from_another(
     trained: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The weights of the other run, and its moments if asked: a rate of nothing leaves them as they are."""
-    import torch
-
     plain = ["prune=null", "train.steps=1", "data.update_every=0", "optimizer.learning_rate=1e-30"]
     before = sharded.Reader(sharded.latest(trained) or trained)
     for moments in ("false", "true"):

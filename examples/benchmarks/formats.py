@@ -25,11 +25,16 @@ import torch
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
-from shear_tron.checkpoint import huggingface
+from shear_tron.checkpoint import huggingface, sharded
 from shear_tron.checkpoint.model_folder import Form, open_model, write_model
 from shear_tron.checkpoint.safetensors_stream import Writer
+from shear_tron.config import save
+from shear_tron.files import sha256
 from shear_tron.params import count, params
 from shear_tron.shape import Shape
+from shear_tron.train.config import RunConfig
+from shear_tron.train.outputs import export
+from shear_tron.train.run_folder import CONFIG, RunFolder
 
 ROWS = Path(__file__).with_name("formats.csv")
 SHAPES = {
@@ -67,6 +72,20 @@ def make(folder: Path, architecture: Architecture, sparse: bool) -> None:
     names = huggingface.family_of(architecture).names
     sizes = {str(names[p.row.leaf]).format(p.layer): p.size for p in params(architecture)}
     Writer(folder / "hf", sizes, torch.bfloat16, 5e9)
+    make_run(folder / "run", folder / "hf", architecture)
+
+
+def make_run(run: Path, model: Path, architecture: Architecture) -> None:
+    """A run of one step. Its checkpoint holds float32 weights, as holes, and no moments, which an export never reads."""
+    checkpoint = sharded.path(run, 1)
+    checkpoint.mkdir(parents=True)
+    Writer(checkpoint, {p.name: p.size for p in params(architecture)}, torch.float32, 5e9)
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in checkpoint.glob("*.safetensors")
+    }
+    (checkpoint / sharded.PROGRESS).write_text(sharded.sealed({"step": 1, "files": files, "state": {}}))
+    config = {"data": {"folder": "none", "sequence": 16}, "train": {"steps": 1, "batch": 1}}
+    save(RunConfig.model_validate({"run": str(run), "model": str(model), **config}), run / CONFIG)
 
 
 def convert(source: Path, output: Path, form: str) -> None:
@@ -74,6 +93,8 @@ def convert(source: Path, output: Path, form: str) -> None:
     began = time.perf_counter()
     if form == "cp":
         shutil.copytree(source, output)
+    elif form == "export":
+        export(RunFolder.open(source), str(output), Form("huggingface", "bfloat16"))
     else:
         model = open_model(source)
         tensors = ((name, model.read(name)) for name in model.names())
@@ -104,6 +125,7 @@ def main() -> None:
         ("hf", "nanotron", "nanotron"),
         ("nanotron", "again", "huggingface"),
         ("hf", "model.gguf", "gguf"),
+        *([("run", "final", "export")] if given.sparse else []),
     ]:
         call = [sys.executable, __file__, str(given.out / source), "--one", str(given.out / output), form]
         told = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()[-1])

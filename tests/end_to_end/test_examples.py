@@ -168,4 +168,5 @@ def test_the_benchmark_of_formats_converts_each_way(tmp_path: Path) -> None:
         ["hf", "nanotron"],
         ["nanotron", "huggingface"],
         ["hf", "gguf"],
+        ["run", "export"],
     ]

@@ -44,10 +44,8 @@ soak: .venv/ready ## 100 kills, full disks, attacks and 100,000 damaged inputs; 
 bench: .venv/ready ## the kernel benchmark; without a GPU its roofline and the ahead-of-time table
 	$(BIN)/python kernels/bench/run.py
 
-gpu: ## with a GPU, and torch and triton in PYTHON: the kernels' laws on it, their benchmark, a whole pruning step
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests/kernels
-	PYTHONPATH=.:kernels $(PYTHON) kernels/bench/run.py
-	PYTHONPATH=.:kernels $(PYTHON) examples/benchmarks/pruning_step.py
+gpu: ## on a machine with a GPU, and torch and triton in PYTHON: all it should answer, in under 25 minutes
+	$(PYTHON) examples/gpu/session.py
 
 .venv/ready: pyproject.toml constraints.txt
 	@echo "setting up .venv (once; a few minutes at most)"

@@ -18,15 +18,16 @@ MASTER_BYTES = 4  # of a weight as it is kept; products read 2
 @dataclass(frozen=True)
 class Reached:
     """Rates that well-made kernels reach on a device: FLOP/s of matrix products and of attention (forward, backward,
-    causal half counted), memory bytes/s."""
+    causal half counted), memory bytes/s; and the FLOP/s of its data sheet."""
 
     name: str
     products: float
     attention: tuple[float, float]
     bandwidth: float
+    peak: float
 
 
-H100 = Reached("H100 SXM", 600e12, (667e12, 444e12), 2.9e12)
+H100 = Reached("H100 SXM", 600e12, (667e12, 444e12), 2.9e12, roofline.H100.flops)
 """Products and bandwidth: what large bf16 products and copies usually reach. Attention: FlashAttention-3 at head_dim
 128, 4096 tokens, causal. Assumptions, replaced by ``kernels/bench/run.py`` once there is a GPU."""
 
@@ -61,7 +62,8 @@ def product(rows: int, size: tuple[int, int]) -> tuple[Work, Work]:
 
 def layer_parts(rows: int, sequence: int, layer: Layer, source: Layer | None = None) -> dict[str, tuple[Work, Work]]:
     """(forward, backward) of each part of a layer of ``rows`` tokens. ``source``: the layer whose weights it is cut
-    from, in a compact step; the cut is read in float32 and written in 16 bits."""
+    from, in a compact step; the cut is read in float32 and written in 16 bits. Its masks lie in the weights, and its
+    hidden mask in the norms too, so that residual and norm are two passes where other steps have one."""
     parts = {
         "matrix products": _sum(product(rows, size) for size in layer.matrices.values()),
         "attention": roofline.masked_attention(rows // sequence, sequence, layer.heads, layer.kv_heads, layer.head_dim),
@@ -71,8 +73,16 @@ def layer_parts(rows: int, sequence: int, layer: Layer, source: Layer | None = N
         "rope": roofline.rope(rows, layer.heads, layer.kv_heads, layer.head_dim),
     }
     if source is not None:
+        added = Work(
+            3 * 2 * rows * layer.hidden
+        )  # read two, write one; backward autograd adds up two gradients likewise
+        parts["norms"] = _sum([roofline.masked_rms_norm(rows, layer.hidden)] * 2)
+        parts["residual"] = _sum([(added, added)] * 2)
+        del parts["gated residual"]
         cuts = zip(source.matrices.values(), layer.matrices.values(), strict=True)
         parts["select and scatter"] = _sum(roofline.select(*whole, *kept, 2, MASTER_BYTES) for whole, kept in cuts)
+        ends = sum(2 * rows * columns for rows, columns in (layer.matrices[leaf] for leaf in ("o", "down")))
+        parts["masks into weights"] = Work(2 * ends), Work(2 * ends)
     return parts
 
 
@@ -118,14 +128,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=sorted(DEVICES), default="h100")
     parser.add_argument("--rows", type=int, default=16384, help="tokens per microbatch (default %(default)s)")
     parser.add_argument("--sequence", type=int, default=4096, help="tokens per sequence (default %(default)s)")
+    parser.add_argument(
+        "--dense", action="store_true", help="of a step of Sheared-LLaMA-1.3B without masks, with its MFU"
+    )
     options = parser.parse_args(argv)
     device = DEVICES[options.device]
-    print(f"Predicted ms of the kernels of a closed compact step, LLaMA-2-7B to 1.3B, on one {device.name},")
+    name = "dense step of Sheared-LLaMA-1.3B" if options.dense else "closed compact step, LLaMA-2-7B to 1.3B"
+    print(f"Predicted ms of the kernels of a {name}, on one {device.name},")
     print(f"{options.rows} tokens in sequences of {options.sequence}; no communication, no optimizer, no host")
-    parts = step_parts(options.rows, options.sequence, 24, SHEARED_1_3B, 32000, LLAMA_2_7B)
+    source = None if options.dense else LLAMA_2_7B
+    parts = step_parts(options.rows, options.sequence, 24, SHEARED_1_3B, 32000, source)
     times = milliseconds(device, parts)
     for name, (forward, backward) in (*times.items(), ("all", tuple(map(sum, zip(*times.values(), strict=True))))):
         print(f"{name:20}{forward:9.1f} forward{backward:9.1f} backward{forward + backward:9.1f}")
+    if options.dense:
+        done = sum(3 * forward.flops for forward, _ in parts.values())  # backward twice, what is done again not counted
+        print(f"{done / (sum(map(sum, times.values())) * 1e-3) / device.peak:.0%} of {device.peak / 1e12:.0f} TFLOP/s")
     return 0
 
 

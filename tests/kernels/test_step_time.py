@@ -22,7 +22,7 @@ def test_a_compact_step_reads_the_source_and_writes_its_gradient() -> None:
 
 
 def test_time_is_the_longer_of_arithmetic_and_traffic() -> None:
-    device = step_time.Reached("D", 1e12, (2e12, 4e12), 1e12)
+    device = step_time.Reached("D", 1e12, (2e12, 4e12), 1e12, 2e12)
     work = step_time.Work(bytes=3e9, flops=8e9)
     assert step_time.milliseconds(device, {"x": (work, work)}) == {"x": (8.0, 8.0)}
     assert step_time.milliseconds(device, {"attention": (work, work)}) == {"attention": (4.0, 3.0)}
@@ -33,3 +33,11 @@ def test_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for part in (*step_time.step_parts(4096, 4096, 1, SHEARED_1_3B, 8, LLAMA_2_7B), "all"):
         assert f"\n{part} " in printed
+
+
+def test_command_says_what_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    """By arithmetic: a closed microbatch of 16,384 tokens in 360 ms, half of the peak for a dense step."""
+    step_time.main([])
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[-1]) <= 360
+    step_time.main(["--dense"])
+    assert float(capsys.readouterr().out.splitlines()[-1].split("%")[0]) >= 50

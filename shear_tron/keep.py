@@ -8,6 +8,7 @@ cheaper than masking activations.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from shear_tron.dims import UNITS, Dim, Integers, indices, sizes
 from shear_tron.masks import LayerMasks, Masks
 from shear_tron.params import Row
 from shear_tron.shape import Shape
+from shear_tron.transfer import sent
 
 Open = Mapping[str, npt.NDArray[np.bool_]]  # by kind: whether a unit's mask is not zero
 
@@ -42,9 +44,15 @@ class KeepLayer:
 
     def select(self, weight: Tensor, row: Row, folded: LayerMasks | None = None) -> Tensor:
         """The kept part of the parameter of ``row``, differentiable; times ``folded``, masks of the kept units that
-        scale it (``fold``), in the same pass."""
+        scale it (``fold``), in the same pass. A copy of it where ``copies`` holds."""
         axes = [self.axes.get(dim) for dim in row.dims]
-        return _select(weight, axes, _scales(weight, row, folded, axes))
+        part = _select(weight, axes, _scales(weight, row, folded, axes))
+        return part.clone() if part is weight and self.copies else part
+
+    @property
+    def copies(self) -> bool:
+        """Whether what runs is copies of weights, small ones where not cut: backward then reads no weight itself."""
+        return Dim.HIDDEN in self.axes
 
     def masks(self, masks: LayerMasks) -> LayerMasks:
         """The masks of the kept units of a layer: what its selected weights are run with. ``hidden`` is kept as it is:
@@ -61,20 +69,29 @@ ALL, LEFT_OUT = KeepLayer(), KeepLayer(left_out=True)
 
 @dataclass(frozen=True)
 class Keep:
-    """What a model keeps. ``layers`` holds the kept layers by their number; the others are left out whole."""
+    """What a model keeps. ``layers`` holds the kept layers by their number; the others are left out whole. ``copies``:
+    layers run on copies of their weights (``KeepLayer.copies``), and all ranks know that of each other."""
 
     hidden: Tensor | None
     layers: Mapping[int, KeepLayer]
+    copies: bool = False
 
     @classmethod
     def of(
-        cls, masks: Masks, shape: Shape, pad_to: int = 1, device: torch.device | None = None, whole: float = 1.0
+        cls,
+        masks: Masks,
+        shape: Shape,
+        pad_to: int = 1,
+        device: torch.device | None = None,
+        whole: float = 1.0,
+        cut_hidden: bool | None = None,
     ) -> "Keep":
         """The units of a model of ``shape`` whose masks are not zero, indices on ``device`` (default: the masks').
 
         ``pad_to``: hidden and ffn keep some pruned units more, up to a multiple of it, so that matrix units stay
         full. Heads come in blocks of ``head_dim`` rows anyway. ``whole``: where so large a share would be kept, all
-        is, and nothing is copied. At least one unit of each kind is kept in every kept layer. What is kept too much
+        is, and nothing is copied. ``cut_hidden``: whether hidden columns are cut, agreed on by all ranks, whatever each
+        samples; None: by ``whole``. At least one unit of each kind is kept in every kept layer. What is kept too much
         has masks of zero, so it is exact. Waits for the masks' device once; not for the CPU.
         """
         for kind, mask in masks.items():
@@ -84,7 +101,8 @@ class Keep:
                 )
         device = device or next((mask.device for _, mask in masks.items()), torch.device("cpu"))
         open_ = _open(masks)
-        hidden = _kept(open_, "hidden", None, pad_to, whole)
+        share = whole if cut_hidden is None else inf if cut_hidden else 0
+        hidden = _kept(open_, "hidden", None, pad_to, share)
         arrays: dict[tuple[int | None, str, Dim], Integers] = {}
         if hidden is not None:
             arrays[None, "axes", Dim.HIDDEN] = hidden
@@ -106,7 +124,7 @@ class Keep:
         for (layer, name, dim), kept in _to(device, arrays).items():
             (everywhere if layer is None else parts[name][layer])[dim] = kept
         layers = {index: KeepLayer(everywhere | parts["axes"][index], parts["units"][index]) for index in numbers}
-        return cls(everywhere.get(Dim.HIDDEN), layers)
+        return cls(everywhere.get(Dim.HIDDEN), layers, cut_hidden is True)
 
     def layer(self, index: int) -> KeepLayer:
         return self.layers.get(index, LEFT_OUT)
@@ -136,10 +154,8 @@ def _to(
     """The index lists on ``device``, in one transfer that the host does not wait for."""
     if not arrays:
         return {}
-    flat = torch.from_numpy(np.concatenate(list(arrays.values())))
-    if device.type == "cuda":
-        flat = flat.pin_memory().to(device, non_blocking=True)
-    parts = torch.split(flat.to(device), [len(array) for array in arrays.values()])
+    flat = sent(torch.from_numpy(np.concatenate(list(arrays.values()))), device)
+    parts = torch.split(flat, [len(array) for array in arrays.values()])
     return dict(zip(arrays, parts, strict=True))
 
 

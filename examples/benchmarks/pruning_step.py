@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from shear_tron.architecture import Architecture
-from shear_tron.model.context import DENSE
 from shear_tron.model.flops import flops
 from shear_tron.parallel import sync
 from shear_tron.parallel.data import shard
@@ -104,34 +103,40 @@ class Memory:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    save(measure(*SHAPES[device.type], device, parser.parse_args().rounds))
+
+
+def measure(
+    shape: Shape, sequence: int, device: torch.device, rounds: int, batch: int = BATCH
+) -> list[dict[str, object]]:
+    """A row for each setting of the gates and kind of step, after ``rounds`` in turn."""
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shape, sequence = SHAPES[device.type]
     topology = start(Layout(), device)
     stages = build_stages(Architecture(shape, context=sequence), topology, "none")
     stages = [shard(stage, Random(shape), topology, torch.float32, compute) for stage in stages]
-    engine = Engine(stages, topology, 1, BATCH, sequence, compute)
+    engine = Engine(stages, topology, 1, batch, sequence, compute)
     optimizer = torch.optim.AdamW([p for stage in stages for p in stage.parameters()], lr=1e-6, fused=True)
-    windows = torch.randint(shape.vocab, (BATCH, sequence + 1), generator=torch.Generator().manual_seed(2)).to(device)
+    windows = torch.randint(shape.vocab, (batch, sequence + 1), generator=torch.Generator().manual_seed(2)).to(device)
     memory = Memory(device)
 
     def step(by: Pruner | None, number: int) -> tuple[float, float, float]:
         """(seconds, operations next to dense, peak GiB) of a step with ``by``'s masks; None: dense."""
         memory.reset()
         began = time.perf_counter()
-        sampled, gated = by.sample(number, range(1)) if by else ([], [DENSE])
-        engine.train(windows[:, :-1], windows[:, 1:], gated)
-        if by:
-            by.backward(number, sampled, gated)
+        drawn = by.sample(number, range(1)) if by else None
+        engine.train(windows[:, :-1], windows[:, 1:], drawn)
+        if by and drawn:
+            by.backward(number, drawn)
         sync.clip(stages, 1.0, topology)
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        tokens, layers = BATCH * sequence, range(shape.layers)
-        done = flops(Architecture(shape), layers, True, tokens, sequence, gated[0].keep)
+        tokens, layers = batch * sequence, range(shape.layers)
+        keep = drawn.gated[0].keep if drawn else None
+        done = flops(Architecture(shape), layers, True, tokens, sequence, keep)
         return seconds, done / flops(Architecture(shape), layers, True, tokens, sequence), memory.peak()
 
     pruners = {
@@ -141,40 +146,49 @@ def main() -> None:
     }
     found: dict[tuple[str, str], list[tuple[float, float, float]]] = {place: [] for place in pruners}
     step(None, 0)  # warms up, and makes the optimizer's state
-    for number in range(arguments.rounds):
+    for number in range(rounds):
         for level in CLOSED:
             for kind in KINDS[number % 3 :] + KINDS[: number % 3]:  # each comes first, second and last
                 found[level, kind].append(step(pruners[level, kind], number))
                 print(f"round {number + 1} {level:8} {kind:8} {found[level, kind][-1][0]:7.2f} s", flush=True)
-    save(found, shape, sequence, device)
+    return rows(found, shape, batch * sequence, device)
 
 
-def save(
-    found: dict[tuple[str, str], list[tuple[float, float, float]]], shape: Shape, sequence: int, device: torch.device
-) -> None:
+def rows(
+    found: dict[tuple[str, str], list[tuple[float, float, float]]], shape: Shape, tokens: int, device: torch.device
+) -> list[dict[str, object]]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROWS.parent)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    rows: list[dict[str, object]] = []
-    print(f"\n{'gates':8} {'step':8} {'tokens/s':>9} {'x dense':>8} {'FLOPs':>6} {'peak GiB':>9}")
+    made: list[dict[str, object]] = []
     for (level, kind), steps in found.items():
         seconds, shares, peaks = zip(*steps, strict=True)
         median, dense = statistics.median(seconds), statistics.median([s for s, _, _ in found[level, "dense"]])
-        tokens, share, peak = BATCH * sequence, statistics.mean(shares), max(peaks)
-        print(f"{level:8} {kind:8} {tokens / median:9.0f} {dense / median:8.2f} {share:6.2f} {peak:9.2f}")
-        rows.append({
+        made.append({
             "device": where, "hidden": shape.hidden, "layers": shape.layers, "tokens": tokens, "gates": level,
             "step": kind, "seconds": round(median, 4), "fastest": round(min(seconds), 4),
             "slowest": round(max(seconds), 4), "tokens_per_second": round(tokens / median, 1),
-            "speed_to_dense": round(dense / median, 3), "flops_to_dense": round(share, 4), "peak_gib": round(peak, 3),
-            "rounds": len(steps), "torch": torch.__version__, "python": platform.python_version(),
-            "commit": commit.stdout.strip(), "date": datetime.date.today().isoformat(),
+            "speed_to_dense": round(dense / median, 3), "flops_to_dense": round(statistics.mean(shares), 4),
+            "peak_gib": round(max(peaks), 3), "rounds": len(steps), "torch": torch.__version__,
+            "python": platform.python_version(), "commit": commit.stdout.strip(),
+            "date": datetime.date.today().isoformat(),
         })  # fmt: skip
+    return made
+
+
+def save(made: list[dict[str, object]]) -> None:
+    """Print the rows and append them to pruning_step.csv."""
+    print(f"\n{'gates':8} {'step':8} {'tokens/s':>9} {'x dense':>8} {'FLOPs':>6} {'peak GiB':>9}")
+    for row in made:
+        print(
+            f"{row['gates']:8} {row['step']:8} {row['tokens_per_second']:9.0f} {row['speed_to_dense']:8.2f} "
+            f"{row['flops_to_dense']:6.2f} {row['peak_gib']:9.2f}"
+        )
     header = not ROWS.exists()
     with ROWS.open("a") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, made[0], lineterminator="\n")
         if header:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(made)
 
 
 if __name__ == "__main__":

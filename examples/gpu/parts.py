@@ -50,7 +50,7 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu" if self.toy else "cuda")
+        return torch.device("cpu") if self.toy else torch.device("cuda", 0)
 
 
 def laws(session: Session) -> Rows:

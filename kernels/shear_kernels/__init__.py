@@ -19,6 +19,7 @@ from torch import Tensor, compiler, dtype, float64, int64
 
 from shear_kernels import cross_entropy, dense_attention, gather_blocks, reference
 from shear_kernels.cross_entropy import KEPT_BYTES, Reduce
+from shear_kernels.dense_attention import OPS as ATTENTION_OPS
 from shear_kernels.dense_attention import AttentionBackend
 from shear_kernels.distillation import sampled_distillation, vocab_distillation
 from shear_kernels.sampling import sample_teacher
@@ -251,6 +252,7 @@ def vocab_cross_entropy(
 
 
 __all__ = [
+    "ATTENTION_OPS",
     "add_rms_norm",
     "fuses_head_gates",
     "fuses_masks",

@@ -209,8 +209,8 @@ def _select(axes: str, weight: str, part: str, scaled: bool = False) -> list[Cas
     ]
     if scaled:
         name = f"scaled {name}"
-        both = {"weight": FLOATS[weight], "dout": FLOATS[part], "row_partial": "*fp32", "column_partial": "*fp32"}
-        types_of.append((gather.select_scale_gradients, both | indices))
+        both = {"part": FLOATS[weight], "dout": FLOATS[part], "row_partial": "*fp32", "column_partial": "*fp32"}
+        types_of.append((gather.select_scale_gradients, both))
     found = []
     for function, given in types_of:
         pointers = given | scales

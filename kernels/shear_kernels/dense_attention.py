@@ -40,6 +40,21 @@ MEASURED: dict[tuple[str, bool], AttentionBackend] = {}
 """(device name, gated) -> fastest backend, forward and backward together, all heads open, with a gate or without. Empty
 until a GPU has been measured."""
 
+OPS = frozenset(
+    {
+        "shear_kernels::attention",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+        "flash_attn_3::fwd",
+    }
+)
+"""The torch ops in which backends attend, forward: what selective checkpointing should save."""
+
 _PACKAGES = {"triton": "triton", "flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface"}
 _SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
 _EDGES = ("triton", "reference", "varlen", "flash_attn", "flash_attn_3")

@@ -10,8 +10,9 @@ Bytes moved, fp32 to bf16, half of both axes of n * m kept: 2.5 n m forward (kep
 scattered and touch every sector of 32 bytes; then the output), 4.5 n m backward (the gradient once, then the weight's,
 zeros included: no fill before it). Loads are made in the shape [rows, groups of 32, 32], so that the threads of a warp
 read neighbouring kept columns (with [rows, columns] Triton gives a thread 8 of them, a warp touches 16 lines at once);
-stores in the shape [rows, columns], 16 bytes a thread. Offsets are 64-bit. Scales multiply in float32 on the way; their
-gradients, if asked for, are a third pass that reads the part again, and sums in two stages.
+stores in the shape [rows, columns], 16 bytes a thread. Offsets are 64-bit. Scales multiply in float32 on the way. Where
+their gradients are asked for, the part is kept unscaled, so that no backward needs the weight: scales multiply it in a
+second pass, and a third, backward, sums in two stages.
 """
 
 from typing import Any
@@ -95,40 +96,34 @@ def select_scatter(
 
 @triton.jit
 def select_scale_gradients(
-    weight, rows, columns, row_scale, column_scale, dout, row_partial, column_partial,
+    part, row_scale, column_scale, dout, row_partial, column_partial,
     kept_rows, kept_columns, row_stride, column_stride, dout_row_stride, dout_column_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Sums of dout * part in a block: over columns [column blocks, kept_rows], over rows [row blocks, kept_columns]."""
     across = tl.cdiv(kept_columns, COLUMNS)
     block, block_across = tl.program_id(0) // across, (tl.program_id(0) % across).to(tl.int64)
-    column = block_across * COLUMNS + tl.arange(0, COLUMNS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    column = block_across * COLUMNS + tl.arange(0, COLUMNS)
     column_inside = column < kept_columns
-    source_column = column
-    if columns is not None:
-        source_column = tl.load(columns + column, mask=column_inside, other=0)
     if column_scale is not None:
         across_scale = tl.load(column_scale + column, mask=column_inside, other=0.0).to(tl.float32)
-    total = tl.zeros((COLUMNS // 32, 32), dtype=tl.float32)
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
     for step in range(STEPS):
         row = (block.to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         row_inside = row < kept_rows
-        source_row = row
-        if rows is not None:
-            source_row = tl.load(rows + row, mask=row_inside, other=0)
-        inside = row_inside[:, None, None] & column_inside[None, :, :]
-        source = weight + source_row[:, None, None] * row_stride + source_column[None, :, :] * column_stride
-        upstream = dout + row[:, None, None] * dout_row_stride + column[None, :, :] * dout_column_stride
+        inside = row_inside[:, None] & column_inside[None, :]
+        source = part + row[:, None] * row_stride + column[None, :] * column_stride
+        upstream = dout + row[:, None] * dout_row_stride + column[None, :] * dout_column_stride
         product = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         product *= tl.load(upstream, mask=inside, other=0.0).to(tl.float32)
         if row_partial is not None:
             terms = product
             if column_scale is not None:
-                terms *= across_scale[None, :, :]
-            tl.store(row_partial + block_across * kept_rows + row, tl.sum(tl.sum(terms, 2), 1), mask=row_inside)
+                terms *= across_scale[None, :]
+            tl.store(row_partial + block_across * kept_rows + row, tl.sum(terms, 1), mask=row_inside)
         if column_partial is not None:
             if row_scale is not None:
-                product *= tl.load(row_scale + row, mask=row_inside, other=0.0).to(tl.float32)[:, None, None]
+                product *= tl.load(row_scale + row, mask=row_inside, other=0.0).to(tl.float32)[:, None]
             total += tl.sum(product, 0)
     if column_partial is not None:
         tl.store(column_partial + block.to(tl.int64) * kept_columns + column, total, mask=column_inside)
@@ -202,19 +197,17 @@ def scatter(
 
 
 def _fake_scales(
-    weight: Tensor, rows: Tensor | None, columns: Tensor | None,
-    row_scale: Tensor | None, column_scale: Tensor | None, dout: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    part: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, dout: Tensor
+) -> tuple[Tensor, Tensor]:
     drow, dcolumn = (nothing(dout) if t is None else torch.empty_like(t) for t in (row_scale, column_scale))
     return drow, dcolumn
 
 
 @torch_op(_fake_scales)
 def scale_gradients(
-    weight: Tensor, rows: Tensor | None, columns: Tensor | None,
-    row_scale: Tensor | None, column_scale: Tensor | None, dout: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """drow_scale, dcolumn_scale."""
+    part: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, dout: Tensor
+) -> tuple[Tensor, Tensor]:
+    """drow_scale, dcolumn_scale; part: before it was scaled."""
     kept_rows, kept_columns = dout.shape
     down, across = triton.cdiv(kept_rows, ROWS * SCALE_STEPS), triton.cdiv(kept_columns, COLUMNS)
     row_partial = None if row_scale is None else dout.new_empty(across, kept_rows, dtype=torch.float32)
@@ -222,11 +215,11 @@ def scale_gradients(
     if dout.numel():
         with torch.cuda.device_of(dout):
             select_scale_gradients[(down * across,)](
-                weight, rows, columns, row_scale, column_scale, dout, row_partial, column_partial,
-                kept_rows, kept_columns, *weight.stride(), *dout.stride(),
+                part, row_scale, column_scale, dout, row_partial, column_partial,
+                kept_rows, kept_columns, *part.stride(), *dout.stride(),
                 ROWS=ROWS, COLUMNS=COLUMNS, STEPS=SCALE_STEPS, num_warps=WARPS,
             )  # fmt: skip
-    drow, dcolumn = _fake_scales(weight, rows, columns, row_scale, column_scale, dout)
+    drow, dcolumn = _fake_scales(part, row_scale, column_scale, dout)
     if row_scale is not None and row_partial is not None:
         drow = row_partial.sum(0).to(row_scale.dtype)
     if column_scale is not None and column_partial is not None:
@@ -235,6 +228,8 @@ def scale_gradients(
 
 
 class _Select(torch.autograd.Function):
+    """Keeps the part, not the weight, for the scales' gradients: FSDP lets a weight go after the forward."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -245,21 +240,26 @@ class _Select(torch.autograd.Function):
         column_scale: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        needs_weight = any(ctx.needs_input_grad[3:5])
-        ctx.save_for_backward(weight if needs_weight else None, rows, columns, row_scale, column_scale)
+        part = None
         ctx.size, ctx.dtype = weight.shape, weight.dtype
-        out: Tensor = gather(weight, rows, columns, row_scale, column_scale, dtype)
+        if any(ctx.needs_input_grad[3:5]):
+            cut = rows is not None or columns is not None
+            part = gather(weight, rows, columns, None, None, weight.dtype) if cut else weight
+            out: Tensor = gather(part, None, None, row_scale, column_scale, dtype)
+        else:
+            out = gather(weight, rows, columns, row_scale, column_scale, dtype)
+        ctx.save_for_backward(part, rows, columns, row_scale, column_scale)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        weight, rows, columns, row_scale, column_scale = ctx.saved_tensors
+        part, rows, columns, row_scale, column_scale = ctx.saved_tensors
         dweight = drow = dcolumn = None
         if ctx.needs_input_grad[0]:
             dweight = scatter(dout, rows, columns, row_scale, column_scale, ctx.size, ctx.dtype)
-        if weight is not None:
-            drow, dcolumn = scale_gradients(weight, rows, columns, row_scale, column_scale, dout)
+        if part is not None:
+            drow, dcolumn = scale_gradients(part, row_scale, column_scale, dout)
         return dweight, None, None, None if row_scale is None else drow, None if column_scale is None else dcolumn, None
 
 

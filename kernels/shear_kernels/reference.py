@@ -183,8 +183,14 @@ def select(
     """
     part = weight if rows is None else weight[rows]
     part = part if columns is None else part[:, columns]
+    return scaled(part, row_scale, column_scale).to(dtype or weight.dtype)
+
+
+def scaled(part: Tensor, row_scale: Tensor | None, column_scale: Tensor | None) -> Tensor:
+    """``part`` [n] or [n, m] with its rows times row_scale [n] and its columns times column_scale [m], in at least
+    float32; itself where both are None."""
     if row_scale is not None:
-        part = widen(part) * widen(row_scale).view(-1, *(1,) * (weight.dim() - 1))
+        part = widen(part) * widen(row_scale).view(-1, *(1,) * (part.dim() - 1))
     if column_scale is not None:
         part = widen(part) * widen(column_scale)
-    return part.to(dtype or weight.dtype)
+    return part

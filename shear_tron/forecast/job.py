@@ -78,6 +78,14 @@ class Job:
         cut = {name: getattr(shape, name) // self.layout.tp for name in ("vocab", "heads", "kv_heads", "ffn")}
         return replace(shape, **cut)
 
+    def layers(self, pp_rank: int) -> int:
+        """That a pipeline rank holds."""
+        return sum(len(self.layout.layers(stage, self.architecture)) for stage in self.layout.stages(pp_rank))
+
+    @property
+    def most_layers(self) -> int:
+        return max(map(self.layers, range(self.layout.pp)))
+
     @cached_property
     def held(self) -> "Held":
         return Held.of(self)
@@ -111,4 +119,4 @@ class Held:
         return (self.embed if embed else 0) + (self.head if last else 0)
 
     def total(self, job: Job, pp_rank: int) -> int:
-        return self.layer * job.architecture.shape.layers // job.layout.pp + self.root(job, pp_rank)
+        return self.layer * job.layers(pp_rank) + self.root(job, pp_rank)

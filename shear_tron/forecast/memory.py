@@ -47,7 +47,7 @@ def told(found: Peak) -> str:
 
 def _moments(job: Job, pp_rank: int) -> list[Peak]:
     layout, held, shape = job.layout, job.held, job.architecture.shape
-    layers = shape.layers // layout.pp
+    layers = job.layers(pp_rank)
     mine, root, last = held.total(job, pp_rank), held.root(job, pp_rank), pp_rank == layout.pp - 1
     # One layer works while the next one is gathered; a pipeline keeps all gathered until the step's end.
     gathered = held.layer * (min(layers, 2) if layout.pp == 1 else layers) + root
@@ -95,8 +95,8 @@ def saved(job: Job) -> int:
     attention = 2 * heads + 2 * shape.kv_heads * shape.head_dim  # q, out; k, v
     if job.fused:
         stream, ffn = 2, 3  # the input and the stream between the branches; gate, up and their product
-        if job.pruning:
-            stream = 4  # and what attention and MLP add
+        if job.pruning and not job.compact:
+            stream = 4  # and what attention and MLP add, for the gradients of their masks
     else:
         stream, ffn = 4, 4  # and each norm's x / rms; and silu(gate)
     if job.architecture.mlp == "gelu":
@@ -126,6 +126,7 @@ def _kept_of_layer(job: Job) -> int:
     if job.checkpointing == "full":
         return inputs
     cut = (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 2 * shape.ffn  # what products gave: q, k, v, gate, up
+    cut += shape.heads * shape.head_dim  # and attention
     return inputs + job.tokens * e * (2 * shape.hidden + cut // job.layout.tp)  # and both branches' ends
 
 
@@ -160,11 +161,13 @@ def keeps_logits(job: Job) -> bool:
 
 
 def _copies(job: Job) -> int:
-    """Copies of a layer's weights in a pruning step, at most: the kept rows and columns, and masks folded in."""
+    """Copies of a layer's weights in a pruning step, at most: the kept rows and columns, and masks folded into what
+    leaves a branch, of which kernels keep the part before that and definitions what is between two masks too."""
     if not job.pruning:
         return 0
-    kept = int(job.compute_bytes * job.held.layer * WHOLE**2) if job.compact else 0
-    return kept + (0 if job.fused else 2 * job.compute_bytes * job.held.branch_ends)
+    cut, ends = WHOLE**2 if job.compact else 0.0, job.compute_bytes * job.held.branch_ends
+    folded = 2.0 * ends if not job.fused else cut * ends
+    return int(job.compute_bytes * job.held.layer * cut + folded)
 
 
 def _teacher(job: Job, pp_rank: int) -> int:

@@ -61,7 +61,7 @@ def step(job: Job, device: Device, kept: Shape | None = None) -> Step:
     tensor = traffic["tensor"] / _rate(layout.tp, 1, device) * layers / shape.layers
     tensor += traffic.get("teacher's tensor", 0.0) / _rate(layout.tp, 1, device)
     parts["tensor-parallel collectives"] = tensor
-    hops = (shape.layers // layout.pp) * (2 * job.microbatches + 1) * (layout.shard - 1) * device.hop
+    hops = job.most_layers * (2 * job.microbatches + 1) * (layout.shard - 1) * device.hop
     data = (traffic["data"] + traffic.get("teacher's data", 0.0)) / _rate(layout.dp, layout.tp, device) + hops
     parts["FSDP's collectives that show"] = max(0.0, data - work - tensor)
     bubble = (layout.pp - 1) / (layout.stages_per_rank * job.microbatches)
@@ -98,7 +98,7 @@ def computed(job: Job) -> tuple[int, int]:
     if job.checkpointing == "full":  # all but the last product of a layer, which nobody's backward reads
         products += (flops(job.architecture, layers, False, tokens, job.time) - attention) // 3
         products -= 2 * tokens * shape.hidden * shape.ffn * shape.layers
-    return products, attention + (0 if job.checkpointing == "none" else attention // 3)
+    return products, attention + (attention // 3 if job.checkpointing == "full" else 0)
 
 
 def _compute(job: Job, run: Job, device: Device) -> dict[str, float]:
@@ -106,12 +106,12 @@ def _compute(job: Job, run: Job, device: Device) -> dict[str, float]:
     layout, n = job.layout, job.tokens
     kept = run.architecture.shape
     part = job.part(kept)
-    layers = -(-kept.layers // layout.pp)
+    layers = run.most_layers
     heads = part.heads * part.head_dim
     pair = 2.0 * n * job.time * heads * layers  # two products of forward attention, causal half
     once = flops(run.architecture.resized(part), range(layers), False, n, job.time) - 3 * pair
     again = {"full": once / 3, "selective": 0.0, "none": 0.0}[job.checkpointing]
-    attention = 3.5 * pair + (0.0 if job.checkpointing == "none" else pair)
+    attention = 3.5 * pair + (pair if job.checkpointing == "full" else 0.0)
     head = (6.0 if keeps_logits(job) else 8.0) * n * part.vocab * kept.hidden  # forward 2, backward 4, logits again 2
     streams, ffn = job.streams, part.ffn
     ops = [
@@ -149,7 +149,7 @@ def _forward(taught: Job, once: bool, device: Device) -> float:
 def traffic_of(job: Job) -> dict[str, float]:
     """Bytes that a rank sends in a step, by axis of the layout, on the busiest pipeline rank."""
     layout, shape, e = job.layout, job.architecture.shape, job.compute_bytes
-    mine, layers = job.held.total(job, 0), shape.layers // layout.pp
+    mine, layers = job.held.total(job, 0), job.most_layers
     others = (layout.shard - 1) / layout.shard
     gathers = 1 if layout.pp > 1 else 2 * job.microbatches  # forward and backward; a pipeline keeps weights gathered
     data = others * mine * (gathers * e + WIDE) + 2 * WIDE * mine / layout.shard * (1 - 1 / layout.replicate)

@@ -23,10 +23,10 @@ def skip_layer(x: Tensor, weights: list[Tensor]) -> Tensor:
 class _SkipLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(*weights)
+        ctx.weights = [(weight.shape, weight.dtype) for weight in weights]  # not they: FSDP may have let them go
         return x.clone()  # FSDP warns of modules that return views
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad, *(torch.zeros_like(weight) for weight in ctx.saved_tensors)
+        return grad, *(grad.new_zeros(size, dtype=dtype) for size, dtype in ctx.weights)

@@ -5,6 +5,7 @@ stream is [tokens, hidden], tokens being batch x time flattened (this rank's sha
 only attention sees [batch, time]. Parameters carry the names of ``shear_tron.params``.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -35,12 +36,18 @@ from shear_tron.params import Row, by_leaf, layer_rows, rows
 class Layer(nn.Module):
     """One transformer layer: attention and MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, architecture: Architecture, index: int, split: Split, checkpointing: str = "none") -> None:
+    def __init__(
+        self, architecture: Architecture, index: int, split: Split, checkpointing: str = "none", compiled: bool = False
+    ) -> None:
         super().__init__()
         self.architecture, self.split, self.checkpointing = architecture, split, checkpointing
         self.turn = index not in architecture.unturned_layers
         self.window = None if index in architecture.full_layers else architecture.window
-        _register(self, layer_rows(architecture))
+        self._run: Callable[..., Tensor] = self._forward
+        if compiled:
+            self._run = torch.compile(self._forward, fullgraph=True)
+        self.rows = layer_rows(architecture)
+        _register(self, self.rows)
 
     def forward(self, x: Tensor, positions: Positions, masks: LayerMasks, keep: KeepLayer | None = None) -> Tensor:
         """x: [tokens, hidden], the residual stream. Returns the new one.
@@ -49,28 +56,36 @@ class Layer(nn.Module):
         columns of its weights.
         """
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self._forward(x, positions, masks, keep)
-        save = _keep_matmuls if self.checkpointing == "selective" else noop_context_fn
-        return cast(Tensor, checkpoint(self._forward, x, positions, masks, keep, use_reentrant=False, context_fn=save))
+            return self._run(x, positions, masks, keep)
+        save = _keep_products if self.checkpointing == "selective" else noop_context_fn
+        return cast(Tensor, checkpoint(self._run, x, positions, masks, keep, use_reentrant=False, context_fn=save))
 
     def _forward(self, x: Tensor, positions: Positions, masks: LayerMasks, keep: KeepLayer | None) -> Tensor:
         split, facts = self.split, self.architecture
-        w = {row.leaf: split.weight(getattr(self, row.leaf), row) for row in layer_rows(facts)}
+        w = {row.leaf: split.weight(getattr(self, row.leaf), row) for row in self.rows}
         if keep is not None and keep.left_out:
             return skip_layer(x, list(w.values()))
+        # Kernels apply masks on the way, head gates only where the best attention knows them. All others fold into what
+        # leaves a branch, weights being smaller than activations, and a compact step, which copies them anyway, is a
+        # plain dense model.
+        fused = keep is None and shear_kernels.fuses_masks(x)
+        edges = positions.documents is not None or self.window is not None
+        fused_heads = fused and shear_kernels.fuses_head_gates(x, facts.shape.head_dim, edges)
         keep = keep or ALL
         own = keep.masks(replace(masks, heads=split.part(masks.heads), ffn=split.part(masks.ffn)))
         # Where a mask meets all there is on every rank, its gradient is whole on each; where it meets this rank's part,
         # it is a part.
         gate = replace(own, hidden=split.shared(own.hidden), layer=split.shared(own.layer))
-        # Weights are smaller than activations: without kernels that fuse them, masks fold into what leaves a branch.
-        folded = not shear_kernels.fuses_masks(x)
-        for row in layer_rows(facts):
-            meets = own if row.cut_axis is not None else gate
-            w[row.leaf] = keep.select(w[row.leaf], row, meets if folded and Dim.LAYERS in row.scaled_by else None)
-        hidden, inner = gate.hidden, own
-        if folded:
-            inner, gate = LayerMasks(), LayerMasks()
+        hidden = gate.hidden
+        if fused:
+            folded = folded_whole = LayerMasks(heads=None if fused_heads else own.heads)
+            inner = replace(own, heads=own.heads if fused_heads else None)
+        else:
+            folded, folded_whole = own, gate
+            inner = gate = LayerMasks()
+        for row in self.rows:
+            meets = folded if row.cut_axis is not None else folded_whole
+            w[row.leaf] = keep.select(w[row.leaf], row, meets if Dim.LAYERS in row.scaled_by else None)
 
         def attend(normed: Tensor) -> Tensor:
             head_dim, eps = facts.shape.head_dim, facts.norm_eps
@@ -82,7 +97,7 @@ class Layer(nn.Module):
             both = split.leave(attend(normed) + mlp(split.enter(other), w, inner.ffn))
             return _residual(x, _biased(both, w, "o", "down"), gate)
         attended = _biased(split.leave(attend(normed)), w, "o")
-        if folded or facts.norm != "rms":
+        if not fused or facts.norm != "rms":
             x = _residual(x, attended, gate)
             normed = norm(x, w, "mlp_norm", hidden, facts)
         else:
@@ -125,13 +140,15 @@ class Transformer(nn.Module):
         split: Split | None = None,
         checkpointing: str = "none",
         readout: Readout = NEXT_TOKEN,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         shape = architecture.shape
         self.architecture, self.split, self.readout = architecture, split or Split(), readout
+        self.checkpointing = checkpointing
         span = range(shape.layers) if layers is None else layers
         self.is_first, self.is_last = span.start == 0, span.stop == shape.layers
-        self.layers = nn.ModuleDict({str(i): Layer(architecture, i, self.split, checkpointing) for i in span})
+        self.layers = nn.ModuleDict({str(i): Layer(architecture, i, self.split, checkpointing, compiled) for i in span})
         here = {"first": self.is_first or (self.is_last and shape.tied), "last": self.is_last, "layer": False}
         _register(self, tuple(row for row in rows(architecture) if here[row.where]))
 
@@ -200,13 +217,15 @@ def _register(module: Transformer | Layer, table: tuple[Row, ...]) -> None:
         module.register_parameter(row.leaf, nn.Parameter(torch.empty(size)))
 
 
-def _keep_matmuls() -> tuple[Any, Any]:
-    """Selective checkpointing: the results of matrix products stay in memory, everything cheap is computed again."""
-    aten = torch.ops.aten
-    dear = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+def _keep_products() -> tuple[Any, Any]:
+    """Selective checkpointing: what matrix products and attention gave stays in memory, the cheap rest is computed
+    again."""
 
-    def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in dear else CheckpointPolicy.PREFER_RECOMPUTE
+    def policy(context: object, op: Any, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op.name() in DEAR else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
     return contexts
+
+
+DEAR = shear_kernels.ATTENTION_OPS | {"aten::mm", "aten::addmm", "aten::bmm"}

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveInt, field_validator, model_validator
 
 from shear_tron.config import Section
 
@@ -22,6 +22,16 @@ class ParallelConfig(Section):
     @property
     def stages_per_rank(self) -> int:
         return self.stages or (2 if self.schedule == "interleaved" else 1)
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _schedule(cls, value: object) -> object:
+        if str(value).lower() in ("zb", "zbv", "zero_bubble", "zbvzerobubble", "interleavedzerobubble"):
+            raise ValueError(
+                f"schedule={value}: torch's zero-bubble schedules compute the gradients of parameters alone, and would "
+                "lose the gradients of masks; use 1f1b or interleaved"
+            )
+        return value
 
     @model_validator(mode="after")
     def _stages(self) -> Self:

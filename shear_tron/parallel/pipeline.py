@@ -17,6 +17,7 @@ from shear_tron.model.readout import NEXT_TOKEN, Readout
 from shear_tron.model.transformer import Transformer
 from shear_tron.parallel.tensor import TensorParallel
 from shear_tron.parallel.topology import Topology
+from shear_tron.transfer import sent
 
 
 class PipelinePart(Transformer):
@@ -29,7 +30,11 @@ class PipelinePart(Transformer):
 
 
 def build_stages(
-    architecture: Architecture, topology: Topology, checkpointing: str, readout: Readout = NEXT_TOKEN
+    architecture: Architecture,
+    topology: Topology,
+    checkpointing: str,
+    readout: Readout = NEXT_TOKEN,
+    compiled: bool = False,
 ) -> list[Transformer]:
     """This rank's stages, on the meta device."""
     layout = topology.layout
@@ -37,15 +42,9 @@ def build_stages(
     kind = Transformer if layout.pp == 1 else PipelinePart
     with torch.device("meta"):
         return [
-            kind(architecture, layout.layers(number, architecture.shape.layers), split, checkpointing, readout)
-            for number in stage_numbers(topology)
+            kind(architecture, layout.layers(number, architecture), split, checkpointing, readout, compiled)
+            for number in layout.stages(topology.pp_rank)
         ]
-
-
-def stage_numbers(topology: Topology) -> list[int]:
-    """Which stages this rank holds: every pp-th one."""
-    layout = topology.layout
-    return [topology.pp_rank + turn * layout.pp for turn in range(layout.stages_per_rank)]
 
 
 class Engine:
@@ -81,16 +80,18 @@ class Engine:
             device=topology.device,
         )
         self.readout, self.micro_batch, self.time = stages[0].readout, micro_batch, time
+        self.recomputes = stages[0].checkpointing != "none"
 
     def train(self, tokens: Tensor, labels: Tensor, contexts: Iterable[Context] | None) -> Tensor | None:
         """Add the gradients of the mean loss to parameters and masks; return the losses of each sequence.
 
-        tokens, labels: [batch, time]; contexts: one per microbatch, masks being leaves; without a pipeline each is
-        taken when its turn comes. The gradient is of the readout's weighted terms, the mean over this rank's batch;
-        FSDP takes the mean over data-parallel ranks. The losses [terms, batch] are known on ranks that hold the last
-        stage, elsewhere the result is None.
+        tokens, labels: [batch, time], best still on the host, where documents are looked for; contexts: one per
+        microbatch, masks being leaves; without a pipeline each is taken when its turn comes. The gradient is of the
+        readout's weighted terms, the mean over this rank's batch; FSDP takes the mean over data-parallel ranks. The
+        losses [terms, batch] are known on ranks that hold the last stage, elsewhere the result is None.
         """
         contexts = self._placed(tokens, contexts or [DENSE] * self.count)
+        tokens, labels = sent(tokens, self.topology.device), sent(labels, self.topology.device)
         if self.topology.layout.pp > 1:
             contexts = list(contexts)
             for stage in self.stages:
@@ -106,6 +107,7 @@ class Engine:
         parts = zip(tokens.chunk(self.count), labels.chunk(self.count), contexts, strict=True)
         for number, (rows, wanted, context) in enumerate(parts):
             stage.set_requires_gradient_sync(number == self.count - 1)
+            self._gather_for_backward(not (context.keep and context.keep.copies))
             loss: Tensor = stage(rows, wanted, context)
             self._minimised(loss).backward()  # type: ignore[no-untyped-call]
             found.append(loss.detach())
@@ -124,8 +126,9 @@ class Engine:
         Schedules are made for training steps; forward alone needs only messages down the line. Parameters may be left
         gathered: see ``reshard``.
         """
-        group, found, sent = self.topology.mesh.get_group("pp"), [], []
+        group, found, sending = self.topology.mesh.get_group("pp"), [], []
         placed = list(self._placed(tokens, contexts))
+        tokens, labels = sent(tokens, self.topology.device), sent(labels, self.topology.device)
         parts = list(zip(tokens.chunk(self.count), labels.chunk(self.count), placed, strict=True))
         for stage in self.stages:
             if isinstance(stage, PipelinePart):
@@ -140,8 +143,8 @@ class Engine:
                     found.append(x)
                 else:
                     to = (self.topology.pp_rank + 1) % self.topology.layout.pp
-                    sent.append((x, dist.isend(x, group=group, group_dst=to)))  # x lives until it is sent
-        for _, work in sent:
+                    sending.append((x, dist.isend(x, group=group, group_dst=to)))  # x lives until it is sent
+        for _, work in sending:
             if work is not None:
                 work.wait()
         return found
@@ -171,7 +174,15 @@ class Engine:
 
     def _placed(self, tokens: Tensor, contexts: Iterable[Context]) -> Iterable[Context]:
         for context, rows in zip(contexts, tokens.chunk(self.count), strict=True):
-            yield replace(context, documents=self.documents(rows)) if self.documents else context
+            if self.documents:
+                context = replace(context, documents=sent(self.documents(rows), self.topology.device))
+            yield context
+
+    def _gather_for_backward(self, wanted: bool) -> None:
+        """Whether FSDP gathers a layer's weights again for its backward, which ``Keep.copies`` makes needless."""
+        for layer in self.stages[0].layers.values():
+            assert isinstance(layer, FSDPModule)
+            layer.set_unshard_in_backward(wanted or self.recomputes)
 
     def _minimised(self, losses: Tensor) -> Tensor:
         """One microbatch's share of what is minimised; losses: [terms, sequences]."""
@@ -195,7 +206,7 @@ class Engine:
                 output_args=losses.requires_grad_() if stage.is_last else self.message.clone().requires_grad_(),
                 group=group,
             )
-            for number, stage in zip(stage_numbers(self.topology), self.stages, strict=True)
+            for number, stage in zip(layout.stages(self.topology.pp_rank), self.stages, strict=True)
         ]
 
         def minimised(losses: Tensor, _labels: Tensor) -> Tensor:

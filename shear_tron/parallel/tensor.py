@@ -81,11 +81,18 @@ class TensorParallel(Split):
 
 
 def keep_part(
-    masks: Masks, shape: Shape, rank: int, size: int, pad_to: int, device: torch.device, whole: float = 1.0
+    masks: Masks,
+    shape: Shape,
+    rank: int,
+    size: int,
+    pad_to: int,
+    device: torch.device,
+    whole: float = 1.0,
+    cut_hidden: bool | None = None,
 ) -> Keep:
     """``Keep.of`` among the heads and columns of tensor-parallel ``rank`` of ``size``, of a model of ``shape``."""
     own = {kind: mask.chunk(size, dim=1)[rank] if kind in CUT_KINDS else mask for kind, mask in masks.items()}
-    return Keep.of(Masks(**own), shape_of_part(shape, size), pad_to, device, whole)
+    return Keep.of(Masks(**own), shape_of_part(shape, size), pad_to, device, whole, cut_hidden)
 
 
 def shape_of_part(shape: Shape, size: int) -> Shape:

@@ -8,14 +8,17 @@ environment variables: those that torchrun sets.
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cache, cached_property
+from math import prod
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from shear_tron.architecture import Architecture
 from shear_tron.config import ConfigError
 from shear_tron.parallel.config import ParallelConfig
+from shear_tron.params import Row, by_leaf, matrices
 from shear_tron.shape import Shape, divisors, require_split
 
 
@@ -44,7 +47,12 @@ class Layout:
         """The layout of ``config`` on ``world`` ranks for a model of ``shape``. ValueError where numbers do not fit."""
         for name in ("kv_heads", "ffn", "vocab"):  # what tensor parallelism cuts, the scarcest first
             require_split(name, getattr(shape, name), "tp", config.tp)
-        require_split("layers", shape.layers, "pp * stages", config.pp * config.stages_per_rank)
+        stages = config.pp * config.stages_per_rank
+        if stages > shape.layers:
+            raise ConfigError(
+                f"parallel.pp * stages={stages} is more than the model's layers={shape.layers}; use at most "
+                f"{shape.layers}, a layer for each stage"
+            )
         model_ranks = config.pp * config.tp
         if world % model_ranks or (config.dp and config.dp * model_ranks != world):
             dp = config.dp or "N"
@@ -77,10 +85,37 @@ class Layout:
                 f"train.batch >= {micro_batch * self.dp * self.pp}"
             )
 
-    def layers(self, stage: int, layers: int) -> range:
-        """The layers of pipeline stage ``stage`` of pp * stages_per_rank."""
-        each = layers // (self.pp * self.stages_per_rank)
-        return range(stage * each, (stage + 1) * each)
+    def layers(self, stage: int, architecture: Architecture) -> range:
+        """The layers of pipeline stage ``stage`` of pp * stages_per_rank: runs that make the slowest stage as fast as
+        can be, where the last one has the output head to compute as well (the embedding is a look-up)."""
+        stages = self.pp * self.stages_per_rank
+        last = _last_stage(architecture, stages)
+        before, others = architecture.shape.layers - last, stages - 1
+        # Of the others the first have fewer, since they hold more microbatches at once.
+        start, stop = (before if place > others else place * before // max(1, others) for place in (stage, stage + 1))
+        return range(start, architecture.shape.layers if stage == others else stop)
+
+    def stages(self, pp_rank: int) -> list[int]:
+        """The stages that a pipeline rank holds: every pp-th one."""
+        return [pp_rank + turn * self.pp for turn in range(self.stages_per_rank)]
+
+
+@cache
+def _last_stage(architecture: Architecture, stages: int) -> int:
+    """How many layers the last of ``stages`` has: the most among those that are best for the slowest stage."""
+    if stages == 1:
+        return architecture.shape.layers
+    layers, table = architecture.shape.layers, by_leaf(architecture)
+
+    def products(*rows: Row) -> int:
+        return sum(prod(row.size(architecture.shape)) for row in rows)
+
+    head = products(table["embed"]) / products(*matrices(architecture))  # in layers
+
+    def slowest(last: int) -> float:
+        return max(-(-(layers - last) // (stages - 1)), last + head)
+
+    return min(range(max(1, layers - stages + 1), 0, -1), key=slowest)
 
 
 @dataclass(frozen=True)

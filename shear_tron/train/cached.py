@@ -42,7 +42,7 @@ class CachedTeacher:
         self.is_read = topology.pp_rank == topology.layout.pp - 1  # the last stage is there
 
     def teach(
-        self, tokens: Tensor, contexts: Sequence[Context] | None, domains: Tensor, windows: Tensor
+        self, tokens: Tensor, contexts: Iterable[Context] | None, domains: Tensor, windows: Tensor
     ) -> Iterable[Context]:
         """The contexts of this rank's microbatches with samples. domains, windows: int64 [batch], see ``Batch``."""
         contexts = contexts or [DENSE] * self.count

@@ -21,9 +21,9 @@ LOCK = ".lock"
 
 # Keys in which a run may differ from the config saved in its folder when it goes on: they change no number of it.
 MAY_CHANGE = (
-    "run", "parallel", "train.steps", "train.device", "train.activation_checkpointing", "train.log_every",
-    "train.max_skipped", "checkpoint", "prune.compact", "prune.pad_to", "data.evaluate_every", "data.verify",
-    "log",
+    "run", "parallel", "train.steps", "train.device", "train.activation_checkpointing", "train.compile",
+    "train.log_every", "train.max_skipped", "checkpoint", "prune.compact", "prune.pad_to",
+    "data.evaluate_every", "data.verify", "log",
 )  # fmt: skip
 # Keys that may change on purpose, with --allow-change: what comes after is another run from there on.
 ON_PURPOSE = (

@@ -18,8 +18,10 @@ class TrainConfig(Section):
     batch: PositiveInt  # sequences of a step, all ranks' together
     micro_batch: PositiveInt = 1  # sequences that a rank runs at a time; the rest of its share is accumulated
     seed: int = Field(default=0, ge=0)  # of masks and of the order of samples
-    # what backward computes again instead of keeping it: nothing, all but matrix products, or whole layers
+    # what backward computes again instead of keeping it: nothing, all but products and attention, or whole layers
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    # torch.compile of every layer: not with prune, whose sizes change by the step, nor with selective checkpointing
+    compile: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on CUDA, float32 on the CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     log_every: PositiveInt = 1  # steps between lines of metrics.jsonl

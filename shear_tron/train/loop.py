@@ -58,7 +58,7 @@ class Trainer:
         self.config, self.run = plan.config, Path(plan.config.run)
         train = self.config.train
         readout = readout_of(self.config)
-        stages = build_stages(plan.architecture, topology, train.activation_checkpointing, readout)
+        stages = build_stages(plan.architecture, topology, train.activation_checkpointing, readout, train.compile)
         self.stages = [shard(stage, inputs.weights, topology, torch.float32, compute) for stage in stages]
         counts = plan.microbatches, train.micro_batch, self.config.data.sequence
         self.engine = Engine(self.stages, topology, *counts, compute, inputs.documents(self.config))
@@ -186,17 +186,14 @@ class Trainer:
         train, optimizer = self.config.train, self.config.optimizer
         windows, domains, places = batches.next()
         waited = time.perf_counter() - start
-        windows = windows.to(self.topology.device, non_blocking=True)
         tokens, labels = windows[:, :-1], windows[:, 1:]
-        sampled, gated = None, None
         began = time.perf_counter()
-        if self.pruner:
-            sampled, gated = self.pruner.sample(self.step, self._own_microbatches())
-        contexts = self.teacher.teach(tokens, gated, domains, places) if self.teacher else gated
+        drawn = self.pruner.sample(self.step, self._own_microbatches()) if self.pruner else None
+        contexts = self.teacher.teach(tokens, drawn, domains, places) if self.teacher else drawn
         found, *terms = self.engine.broadcast(self.engine.train(tokens, labels, contexts), len(tokens))
         report: dict[str, Any] = {}
-        if self.pruner and sampled and gated:
-            report |= self.pruner.backward(self.step, sampled, gated)
+        if self.pruner and drawn:
+            report |= self.pruner.backward(self.step, drawn)
         pruned_seconds = time.perf_counter() - began
         sync.sum_tied(self.stages, self.topology)
         norm = sync.clip(self.stages, optimizer.clip, self.topology)
@@ -222,8 +219,8 @@ class Trainer:
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - start
         report["flops"] = self.dense_flops
-        if self.cost and sampled and gated:
-            report |= self.cost.report(sampled, gated, seconds, pruned_seconds)
+        if self.cost and drawn:
+            report |= self.cost.report(drawn.sampled, drawn.gated, seconds, pruned_seconds)
         report["flops"] += self.teacher.flops if self.teacher else 0
         tokens_in_batch = train.batch * self.config.data.sequence
         return {

@@ -82,6 +82,11 @@ def plan(config: RunConfig, world: int, architecture: Architecture | None = None
                 f"train.steps={config.train.steps} end before the target sparsity is reached at "
                 f"prune.warmup_steps={config.prune.warmup_steps}; use more steps or a shorter warm-up"
             )
+    if config.train.compile and (config.prune is not None or config.train.activation_checkpointing == "selective"):
+        raise ConfigError(
+            "train.compile goes with neither prune, whose sizes change by the step, nor selective checkpointing; leave "
+            "it out, or use activation_checkpointing=full"
+        )
     schedule = config.optimizer.schedule
     if schedule and schedule.before + config.train.steps > schedule.steps:
         raise ConfigError(

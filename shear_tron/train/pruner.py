@@ -1,6 +1,6 @@
 """The making of masks within a training step: sample, take their gradients, step; in any layout."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from shear_tron.pruning.scores import chance, magnitude
 from shear_tron.shape import Shape
 from shear_tron.train.activations import activation_scores
 from shear_tron.train.optimizer import finite_gradients, moments, start_moments
+from shear_tron.transfer import sent
 
 # Kept counts are padded up to a multiple of this: what matrix units like. On 2 CPU cores at hidden 1024, gates halfway,
 # forward and backward took 8.2 s unpadded, 6.2 s at 16 and 6.5 s at 64 (gates closed: 2.6, 2.2 and 2.4 s).
@@ -65,9 +66,9 @@ class Pruner:
             return
         for step in range(-self.config.batches_before, 0):
             ((tokens, labels),) = batches.take(1, self.topology.device)
-            sampled, gated = self.sample(step, microbatches)
-            engine.train(tokens, labels, gated)
-            self.backward(step, sampled, gated)
+            drawn = self.sample(step, microbatches)
+            engine.train(tokens, labels, drawn)
+            self.backward(step, drawn)
             for stage in engine.stages:
                 stage.zero_grad()
             if not self.is_finite():
@@ -97,33 +98,48 @@ class Pruner:
             self.method.set_scores({kind: sync.sum_over_ranks(own, self.topology) for kind, own in scores.items()})
         self.method.close(0)
 
-    def sample(self, step: int, microbatches: range) -> tuple[list[Masks], list[Context]]:
-        """Masks of microbatches of the global batch, on the host with a graph and, as leaves, on the device."""
-        sampled = [self.method.sample(step, number) for number in microbatches]
-        return sampled, [Context(masks.map(self._leaf), self._keep(masks)) for masks in sampled]
+    def sample(self, step: int, microbatches: range) -> "Drawn":
+        """Masks of microbatches of the global batch, drawn as the step comes to them."""
+        cut = self._cuts_hidden()
+
+        def draw(number: int) -> tuple[Masks, Context]:
+            masks = self.method.sample(step, number)
+            return masks, Context(self._leaves(masks), self._keep(masks, cut))
+
+        return Drawn(map(draw, microbatches))
 
     def decided(self, final: bool) -> Context:
         """The masks of evaluations: those of the target's counts, or of the counts expected by now."""
         masks = self.method.decide() if final else self.method.decide_now()
-        return Context(masks.map(lambda mask: mask.to(self.topology.device)), self._keep(masks))
+        return Context(masks.map(lambda mask: mask.to(self.topology.device)), self._keep(masks, self._cuts_hidden()))
 
-    def _leaf(self, mask: Tensor) -> Tensor:
-        return mask.detach().to(self.topology.device, copy=True).requires_grad_()
+    def _leaves(self, masks: Masks) -> Masks:
+        """A copy on the device, sent at once, whose masks are leaves."""
+        given = dict(masks.items())
+        if not given:
+            return masks
+        flat = sent(torch.cat([mask.detach().flatten() for mask in given.values()]), self.topology.device)
+        parts = zip(given.items(), torch.split(flat, [mask.numel() for mask in given.values()]), strict=True)
+        return Masks(**{kind: part.view(mask.shape).requires_grad_() for (kind, mask), part in parts})
 
-    def _keep(self, masks: Masks) -> Keep | None:
-        layout, rank = self.topology.layout, self.topology.tp_rank
+    def _cuts_hidden(self) -> bool:
+        """Whether the microbatches of a step leave hidden columns out: by the share expected to be open, alike on all
+        ranks, since a layer so cut needs no weights in its backward and the ranks gather them together or not."""
+        hidden = self.method.expected().hidden
+        return hidden is not None and float(hidden.detach().mean()) < WHOLE
+
+    def _keep(self, masks: Masks, cut_hidden: bool) -> Keep | None:
+        topology = self.topology
         if not self.compact:
             return None
-        return keep_part(masks, self.source.shape, rank, layout.tp, self.pad_to, self.topology.device, WHOLE)
+        where = topology.tp_rank, topology.layout.tp, self.pad_to, topology.device
+        return keep_part(masks, self.source.shape, *where, WHOLE, cut_hidden)
 
-    def backward(self, step: int, sampled: Sequence[Masks], gated: Sequence[Context]) -> dict[str, Any]:
+    def backward(self, step: int, drawn: "Drawn") -> dict[str, Any]:
         """Hand the method what the leaves gathered in a step. Returns what it reports."""
-        own = len(sampled)
+        own = len(drawn.sampled)
         first, of = self.topology.dp_rank * own, self.topology.layout.dp * own
-        gradients = [
-            {kind: leaf.grad.cpu() for kind, leaf in under.masks.items() if leaf.grad is not None} for under in gated
-        ]
-        return self.method.learn(step, range(first, first + own), of, sampled, gradients, self.ranks)
+        return self.method.learn(step, range(first, first + own), of, drawn.sampled, drawn.gradients(), self.ranks)
 
     def step(self, rate_factor: float = 1.0) -> None:
         if self.optimizer is not None:
@@ -144,6 +160,37 @@ class Pruner:
     def begin_at(self, step: int) -> None:
         if self.optimizer is not None:
             start_moments(self.optimizer, step)
+
+
+class Drawn:
+    """The masks of a step's microbatches, each drawn when its turn comes: on a GPU while the one before still runs.
+
+    ``sampled``: those drawn so far, on the host and with a graph; ``gated``: what their microbatches run under, masks
+    as leaves on the device.
+    """
+
+    def __init__(self, draws: Iterator[tuple[Masks, Context]]) -> None:
+        self.sampled: list[Masks] = []
+        self.gated: list[Context] = []
+        self._draws = draws
+
+    def __iter__(self) -> Iterator[Context]:
+        """Draws the rest, one by one."""
+        for masks, context in self._draws:
+            self.sampled.append(masks)
+            self.gated.append(context)
+            yield context
+
+    def gradients(self) -> list[dict[str, Tensor]]:
+        """What the leaves gathered, by microbatch and kind, on the host; fetched at once."""
+        found = [
+            {kind: leaf.grad for kind, leaf in under.masks.items() if leaf.grad is not None} for under in self.gated
+        ]
+        flat = [grad.flatten() for by_kind in found for grad in by_kind.values()]
+        if not flat:
+            return [{} for _ in found]
+        parts = iter(torch.split(torch.cat(flat).cpu(), [len(grad) for grad in flat]))
+        return [{kind: next(parts).view(grad.shape) for kind, grad in by_kind.items()} for by_kind in found]
 
 
 class _Ranks:

@@ -82,14 +82,14 @@ def _shape(title: str, architecture: Architecture) -> str:
 
 
 def _layout(plan: Plan) -> list[str]:
-    layout, shape = plan.layout, plan.architecture.shape
+    layout = plan.layout
     lines = [
         f"ranks    {layout.world}: pp {layout.pp} x dp {layout.dp} (shards {layout.shard}) x tp {layout.tp}"
         + (" with sequence parallelism" if layout.tp > 1 and layout.sequence else "")
     ]
     for rank in range(layout.pp):
-        stages = [rank + turn * layout.pp for turn in range(layout.stages_per_rank)]
-        spans = [layout.layers(stage, shape.layers) for stage in stages]
+        stages = layout.stages(rank)
+        spans = [layout.layers(stage, plan.architecture) for stage in stages]
         held = held_parameters(plan, stages)
         spelled = " and ".join(f"{span.start}-{span.stop - 1}" for span in spans)
         lines.append(
@@ -106,7 +106,7 @@ def held_parameters(plan: Plan, stages: list[int]) -> int:
     total = 0
     for param in params(plan.architecture):
         if param.layer is not None:
-            here = any(param.layer in layout.layers(stage, shape.layers) for stage in stages)
+            here = any(param.layer in layout.layers(stage, plan.architecture) for stage in stages)
         elif param.row.where == "first":
             here = 0 in stages or (shape.tied and last in stages)
         else:

@@ -1,6 +1,6 @@
 """A teacher is a second list of stages, in the same layout, run forward only before each step."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -71,7 +71,7 @@ class Teacher:
         dtype = teacher_precision(config, compute)
         return cls(opened.architecture, opened, topology, *counts, dtype, inputs.documents(config))
 
-    def teach(self, tokens: Tensor, contexts: Sequence[Context] | None, *_places: Tensor) -> Iterable[Context]:
+    def teach(self, tokens: Tensor, contexts: Iterable[Context] | None, *_places: Tensor) -> Iterable[Context]:
         """The contexts of this rank's microbatches with the teacher's states. tokens: [batch, time]."""
         contexts = contexts or [DENSE] * self.count
         if self.in_pipeline:

@@ -84,8 +84,9 @@ def pruned(model: str) -> list[str]:
 def train(model: str, prune: PruneConfig, topology: Topology) -> Result:
     """One run of ``model`` on this rank, each step as ``Trainer`` makes it: what it saw, and all that it learned.
 
-    The way: ``losses`` [steps, sequences], ``masks.KIND`` [steps, microbatches, ...] and ``width`` [steps,
-    microbatches], the hidden columns a microbatch ran on; of this rank's share of the batch.
+    The way: ``losses`` [steps, sequences], ``masks.KIND`` [steps, microbatches, ...], ``width`` [steps, microbatches],
+    the hidden columns a microbatch ran on, and ``expected``, their share that was to be; of this rank's share of the
+    batch.
     """
     source, weights = ARCHITECTURES[model], start_weights(model)
     shape = source.shape
@@ -104,11 +105,13 @@ def train(model: str, prune: PruneConfig, topology: Topology) -> Result:
             pruner.begin(weights.read)
         generator = torch.Generator().manual_seed(3000 + step)
         windows = torch.randint(shape.vocab, (BATCH, TIME + 1), generator=generator).split(share)[dp_rank]
-        sampled, gated = pruner.sample(step, range(dp_rank * count, (dp_rank + 1) * count))
-        losses = engine.train(windows[:, :-1], windows[:, 1:], gated)
+        expected = pruner.method.expected().hidden
+        assert expected is not None
+        drawn = pruner.sample(step, range(dp_rank * count, (dp_rank + 1) * count))
+        losses = engine.train(windows[:, :-1], windows[:, 1:], drawn)
         sync.sum_tied(stages, topology)
         sync.clip(stages, CLIP, topology)
-        pruner.backward(step, sampled, gated)
+        pruner.backward(step, drawn)
         pruner.step(1.0)
         if step >= 0:
             optimizer.step()
@@ -117,11 +120,13 @@ def train(model: str, prune: PruneConfig, topology: Topology) -> Result:
             continue
         widths = [
             shape.hidden if under.keep is None or under.keep.hidden is None else len(under.keep.hidden)
-            for under in gated
+            for under in drawn.gated
         ]
         kinds = pruned(model)
+        sampled = drawn.sampled
         seen = {f"masks.{kind}": torch.stack([getattr(masks, kind).detach() for masks in sampled]) for kind in kinds}
         seen["losses"] = engine.broadcast(losses, share)[0]
+        seen["expected"] = expected.mean().detach().expand(count)  # share of hidden columns open
         way.append(seen | {"width": torch.tensor(widths)})
     result = {name: torch.stack([seen[name] for seen in way]) for name in way[0]}
     for stage in stages:
@@ -206,26 +211,26 @@ def test_a_run_by_score_prunes_to_exact_counts_and_reopens_nothing(method: str) 
 def test_the_run_ends_where_one_masked_rank_ends(layout: str, model: str, name: str) -> None:
     expected, dp, seen = reference(model, name), LAYOUTS[layout].dp, set()
     for result in (runs[model, name] for runs in trained(layout)):
-        for key in result.keys() - {"width", "dp_rank"}:
+        for key in result.keys() - {"width", "expected", "dp_rank"}:
             wanted = of_rank(key, expected[key], dp, int(result["dp_rank"]))
             torch.testing.assert_close(
                 result[key], wanted, atol=1e-10, rtol=0, msg=lambda text, key=key: f"{key}: {text}"
             )
             seen.add(key)
-    assert seen == expected.keys() - {"width", "dp_rank"}
+    assert seen == expected.keys() - {"width", "expected", "dp_rank"}
 
 
 @pytest.mark.parametrize(("layout", "model", "name"), CASES)
 def test_the_run_leaves_out_what_it_should(layout: str, model: str, name: str) -> None:
     """Hidden columns that each microbatch ran on: all if masked, the open ones if compact, up to a multiple of 4.
 
-    Where nearly all would be, all are.
+    In steps that are expected to keep nearly all, all are.
     """
     hidden = ARCHITECTURES[model].shape.hidden
     opened = (reference(model, name)["masks.hidden"] != 0).sum(-1)
     multiple = {"masked": hidden, "compact": 1, "padded": 4}[name.rpartition(", ")[2]]
     whole = -(-opened // multiple) * multiple
     assert (whole == opened).all() == name.endswith("compact")
-    whole = whole.where(whole < hidden * WHOLE, hidden)
     for result in (runs[model, name] for runs in trained(layout)):
-        assert torch.equal(result["width"], of_rank("width", whole, LAYOUTS[layout].dp, int(result["dp_rank"])))
+        own = of_rank("width", whole, LAYOUTS[layout].dp, int(result["dp_rank"])).clamp(max=hidden)
+        assert torch.equal(result["width"], own.where(result["expected"] < WHOLE, hidden))

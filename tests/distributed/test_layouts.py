@@ -4,6 +4,7 @@ Losses, weight gradients, mask gradients and the norm they are clipped by, in fl
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from typing import Any
 from unittest.mock import patch
 
@@ -39,7 +40,7 @@ LAYOUTS = {
     "tp2": Layout(tp=2, sequence=False),
     "tp4": Layout(tp=4, sequence=False),
     "tp2+sp": Layout(tp=2),
-    "pp2": Layout(pp=2),
+    "pp3": Layout(pp=3),  # four layers: 1, 1 and 2, or where the head weighs a layer 1, 2 and 1
     "pp4": Layout(pp=4),
     "pp2 interleaved": Layout(pp=2, schedule="interleaved", stages_per_rank=2),
     "all on 8": Layout(pp=2, shard=2, tp=2),
@@ -49,9 +50,9 @@ LAYOUTS = {
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "masked": {"masked": True, "folded": False},
+    "masked": {"masked": True},
     "compact": {"masked": True, "compact": 1},
-    "compact, padded, documents": {"masked": True, "compact": 4, "documents": True, "folded": False},
+    "compact, padded, documents": {"masked": True, "compact": 4, "documents": True},
 }
 
 
@@ -61,7 +62,6 @@ class Case:
     masked: bool = False
     compact: int = 0  # with masks: leave closed units out, up to a multiple of this
     documents: bool = False  # several in a window
-    folded: bool = True  # masks into the weights, as without kernels; else each where it acts, as with them
 
     @property
     def architecture(self) -> Architecture:
@@ -132,7 +132,9 @@ def alone(case: Case) -> Result:
 def keep(masks: Masks | None, case: Case, topology: Topology) -> Keep | None:
     if masks is None or not case.compact:
         return None
-    return keep_part(masks, case.shape, topology.tp_rank, topology.layout.tp, case.compact, topology.device)
+    cut = True if case.compact == 1 else None  # and gather no weights for backward
+    where = topology.tp_rank, topology.layout.tp
+    return keep_part(masks, case.shape, *where, case.compact, topology.device, cut_hidden=cut)
 
 
 def together(layout: Layout) -> dict[str, Result]:
@@ -146,9 +148,13 @@ def together(layout: Layout) -> dict[str, Result]:
         count = BATCH // MICRO_BATCH // layout.dp
         engine = Engine(stages, topology, count, MICRO_BATCH, TIME, torch.float64)
         for kind in KINDS:
-            case = CASES[f"{model}: {kind}"]
-            with patch.object(shear_kernels, "fuses_masks", lambda x, case=case: not case.folded):
-                results[f"{model}: {kind}"] = _together(case, engine)
+            # In turn, layer by layer: masks where they act, head gates alone folded into weights, all of them folded.
+            fused, gates = cycle((True, True, False)), cycle((True, False))
+            with (
+                patch.object(shear_kernels, "fuses_masks", lambda x, ways=fused: next(ways)),
+                patch.object(shear_kernels, "fuses_head_gates", lambda x, head_dim, edges, ways=gates: next(ways)),
+            ):
+                results[f"{model}: {kind}"] = _together(CASES[f"{model}: {kind}"], engine)
     return results
 
 

@@ -1,6 +1,7 @@
 """The model against the paper authors' implementation (tests/data/masked_llama.npz) and against Hugging Face."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 from models import ARCHITECTURES, random_model, tokens_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shear_tron.architecture import Architecture, Rope
 from shear_tron.dims import sizes
 from shear_tron.masks import Masks
 from shear_tron.model.context import DENSE, Context
-from shear_tron.model.transformer import Transformer
+from shear_tron.model.transformer import DEAR, Transformer
 from shear_tron.params import count, params
 from shear_tron.shape import Shape
 
@@ -114,6 +116,34 @@ def test_activation_checkpointing_changes_nothing(mode: str) -> None:
         model(tokens[:, :-1], tokens[:, 1:], Context(masks)).sum().backward()
     for (name, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=0, rtol=0, msg=name)
+
+
+class Counted(TorchDispatchMode):
+    """How often each op ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.ops[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_computes_no_product_and_no_attention_again() -> None:
+    """But the rest: norms, for one."""
+    plain = ARCHITECTURES["llama"]
+    ops = {}
+    for mode in ("none", "selective", "full"):
+        model = Transformer(plain, checkpointing=mode)
+        with Counted() as counted:
+            model(tokens_of(plain)[:, :-1], tokens_of(plain)[:, 1:]).sum().backward()
+        ops[mode] = counted.ops
+    dear = {op for op in ops["none"] if op in DEAR}
+    assert {"aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu"} <= dear
+    for op in dear:
+        assert ops["none"][op] == ops["selective"][op] < ops["full"][op], op
+    assert ops["none"]["aten::rsqrt"] < ops["selective"]["aten::rsqrt"] == ops["full"]["aten::rsqrt"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

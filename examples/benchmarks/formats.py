@@ -76,7 +76,7 @@ def make(folder: Path, architecture: Architecture, sparse: bool) -> None:
 
 
 def make_run(run: Path, model: Path, architecture: Architecture) -> None:
-    """A run of one step. Its checkpoint holds float32 weights, as holes, and no moments, which an export never reads."""
+    """A run of one step. Its checkpoint holds float32 weights (holes) and no moments, which an export never reads."""
     checkpoint = sharded.path(run, 1)
     checkpoint.mkdir(parents=True)
     Writer(checkpoint, {p.name: p.size for p in params(architecture)}, torch.float32, 5e9)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shear_kernels.cross_entropy import KEPT_BYTES, Reduce, _matmul, require_fit
 
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**25}  # of a chunk, by default: 131 or 1,049 tokens of LLaMA's 32,000 words
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**25}  # of a chunk, by default: 262 or 1,049 tokens of LLaMA's 32,000 words
 
 
 def vocab_distillation(
@@ -39,7 +39,7 @@ def vocab_distillation(
 
     Gradients go to x (a partial sum over shards, which the caller reduces) and weight; the teacher gets none.
     Memory: 6 * chunk * vocab_shard * 4 bytes at the peak and what is kept, 2 * tokens * vocab_shard in x's dtype, apart
-    from dweight. chunk: tokens, by default those of 2^22 logits (CUDA: 2^25).
+    from dweight. chunk: tokens, by default those of 2^23 logits (CUDA: 2^25).
     """
     if teacher_x.shape[:1] != x.shape[:1] or teacher_weight.shape != (weight.shape[0], *teacher_x.shape[1:]):
         raise ValueError(
@@ -235,7 +235,9 @@ class _Distillation(torch.autograd.Function):
             by = (by_entropy * gains[0][span]).addcmul_(by_divergence, gains[1][span]).to(x.dtype)
             if dx is not None:
                 dx[span] = _matmul(by, narrow)
-            if dweight is not None:
+            if dweight is not None and dweight.dtype == by.dtype:
+                dweight.addmm_(by.t(), x[span])  # a product of its own would be as large as dweight, for every chunk
+            elif dweight is not None:
                 dweight += _matmul(by.t(), x[span])
         return dx, None if dweight is None else dweight.to(weight.dtype), *[None] * 6
 

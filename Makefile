@@ -5,7 +5,7 @@ RECIPE ?= fisher
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo study study-smoke test unit slow check soak bench gpu clean
+.PHONY: help site demo study study-smoke test unit slow check soak bench gpu clean
 
 help: ## these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ check: .venv/ready ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+site: .venv/ready ## these pages as a site, in site/; fails on a link that leads nowhere
+	$(BIN)/python -m mkdocs build --strict
 
 soak: .venv/ready ## 100 kills, full disks, attacks and 100,000 damaged inputs; hours; goes on where it stopped
 	$(BIN)/python tests/soak/soak.py --kills 100 --report docs/soak.md

@@ -18,6 +18,9 @@ from shear_tron.forecast.layouts import ranked
 from shear_tron.forecast.memory import peak
 from shear_tron.forecast.target import propose
 from shear_tron.forecast.time import computed, step
+from shear_tron.model.context import DENSE, TeacherStates
+from shear_tron.model.distill import Distill, FinalStates
+from shear_tron.model.flops import flops
 from shear_tron.model.transformer import Transformer
 from shear_tron.parallel.topology import Layout
 from shear_tron.params import count
@@ -109,6 +112,27 @@ def test_plan_of_both_stages_before_the_second_model_exists(
 
 
 @pytest.mark.slow
+def test_a_teachers_operations_are_those_torch_counts() -> None:
+    """Its layers forward, and its logits once, which the loss makes."""
+    tokens, student = torch.zeros(2, 8, dtype=torch.int64), Transformer(Architecture(SMALL), readout=Distill(0.5))
+    teacher = Transformer(Architecture(SMALL), readout=FinalStates())
+    for parameter in (*student.parameters(), *teacher.parameters()):
+        torch.nn.init.normal_(parameter)
+    counts = []
+    for taught in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            given = DENSE
+            if taught:
+                with torch.no_grad():
+                    states = teacher(tokens, tokens)
+                assert isinstance(teacher.readout, FinalStates)
+                given = replace(DENSE, teacher=TeacherStates(states, teacher.readout.head))
+            student(tokens, tokens, given)
+        counts.append(sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op)))
+    attention = 2 * 16 * 8 * SMALL.heads * SMALL.head_dim * SMALL.layers  # causal half of two products
+    assert counts[1] - counts[0] == flops(Architecture(SMALL), range(SMALL.layers), True, 16, 8) // 3 - attention
+
+
 def test_a_teacher_costs_memory_and_a_forward(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

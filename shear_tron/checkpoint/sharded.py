@@ -102,6 +102,10 @@ def progress(checkpoint: Path) -> Progress:
         if size != stored.bytes:
             state = "is missing" if size is None else f"has {size} bytes, not {stored.bytes}"
             raise ValueError(f"{part} {state}; the checkpoint is damaged or half copied, use an earlier one")
+    if strange := sorted({part.name for part in checkpoint.glob("*.safetensors")} - set(found.files)):
+        raise ValueError(
+            f"{checkpoint / strange[0]} is no part of that checkpoint, and would be read with it; remove it"
+        )
     return found
 
 

@@ -100,6 +100,10 @@ def test_a_damaged_checkpoint_is_not_used(
         assert "Traceback" not in error
         file.write_bytes(good)
     assert cli.main(["extract", str(tmp_path / "run"), str(tmp_path / "fine")]) == 0
+    shutil.copy(tensors, checkpoint / "more.safetensors")
+    assert cli.main(arguments) == 2
+    assert "more.safetensors is no part of that checkpoint" in capsys.readouterr().err
+    (checkpoint / "more.safetensors").unlink()
     checkpoint.rename(checkpoint.with_name("step-00000009"))
     assert cli.main(arguments) == 2
     assert "holds step 3; give the folder its own name back" in capsys.readouterr().err

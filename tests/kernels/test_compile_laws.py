@@ -39,7 +39,7 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (rotary.rotate, (Q, KV, ANGLE, ANGLE, False)),
     (gather.gather, (X, KEPT, None, X[0, :2], None, torch.bfloat16)),
     (gather.scatter, (X[:2], KEPT, None, None, X[0], SIZE, FP32)),
-    (gather.scale_gradients, (X, KEPT, None, X[0, :2], X[0], X[:2])),
+    (gather.scale_gradients, (X[:2], X[0, :2], X[0], X[2:4])),
 ]
 
 

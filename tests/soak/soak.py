@@ -238,7 +238,7 @@ def full_run(place: Path, layout: str, fault: Fault) -> dict[str, Any]:
     return row | {"good": good}
 
 
-def report(rows: list[dict[str, Any]], seed: int) -> str:
+def report(rows: list[dict[str, Any]], wanted: int, seed: int) -> str:
     """docs/soak.md."""
     killed = sorted((row for row in rows if "run" in row), key=lambda row: row["run"])
     full = [row for row in rows if "full" in row]
@@ -249,13 +249,14 @@ def report(rows: list[dict[str, Any]], seed: int) -> str:
     lines = [
         "# Soak",
         "",
-        f"`make soak` (`python tests/soak/soak.py --kills {len(kills)} --seed {seed}`; torch {torch.__version__}):",
+        f"`make soak` (`python tests/soak/soak.py --kills {wanted} --seed {seed}`; torch {torch.__version__}):",
         f"{len(kills)} kills of runs of {RANKS} processes in {len(killed)} runs, {inside} of them in the middle of a",
         f"write; and a full disk from each of {len(full)} writes on. **{len(bad)} of {len(rows)} ended otherwise than",
         f"a run that met no fault.** {len(here)} runs ended the same to the bit, losses and moments too; weights of",
         f"the {len(killed) - len(here)} that went on in another layout ended within {apart:.1e} of it (these with",
         f"`{MOVING[0]}`: with Adam's usual 1e-8 two undisturbed runs of different layouts end up to 2.4e-5 apart).",
         "",
+        *([] if len(kills) >= wanted and full else [f"**Not done yet:** {len(kills)} of {wanted} kills.", ""]),
         "## Kills",
         "",
         "| run | layout | killed | ended in | weights apart | loss apart | good |",
@@ -315,7 +316,7 @@ def main() -> None:
             out.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
     if arguments.report:
-        arguments.report.write_text(report(rows, arguments.seed))
+        arguments.report.write_text(report(rows, arguments.kills, arguments.seed))
     sys.exit(any(not row["good"] for row in rows))
 
 

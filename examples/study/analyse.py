@@ -97,6 +97,18 @@ def predicted(results: list[Values], said: Values) -> list[str]:
     return lines
 
 
+def claimed(results: list[Values], said: Values) -> list[str]:
+    """The arm that is claimed to be best next to every other, at equal tokens."""
+    of = {arm: [r for r in results if r["arm"] == arm and r["table"] == "tokens"] for arm in said["arms"]}
+    lines = [f"| {said['claim']} minus | difference ± s.e. | by seed | |", "|---|---|---|---|"]
+    for arm, runs in of.items():
+        if arm != said["claim"] and runs and of[said["claim"]]:
+            gap, error, by_seed = paired(of[said["claim"]], runs)
+            seeds = ", ".join(f"{each:+.3f}" for each in by_seed)
+            lines.append(f"| {arm} | {gap:+.4f} ± {error:.4f} | {seeds} | {verdict(gap, error, by_seed)} |")
+    return lines
+
+
 def selections(results: list[Values], said: Values) -> list[str]:
     """How far selections agree: between an arm's seeds, and with the reference's."""
     sizes = said["subject"]["source"] | {"heads_per_group": 1}
@@ -158,6 +170,7 @@ def main() -> None:
     for name in ("tokens", "operations"):
         if any(each["table"] == name for each in results):
             text += [f"Equal {name}", "", *table(name, results, reference, source), ""]
+    text += ["The claim", "", *claimed(results, said), ""]
     text += ["Predictions", "", *predicted(results, said), "", "Selections", "", *selections(results, said)]
     (out / "tables.md").write_text("\n".join(text) + "\n")
     draw(results, out / "study.png")

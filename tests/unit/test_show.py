@@ -39,6 +39,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("config", "parameters"),
     [
         ("sheared-llama/prune-1.3b.yaml", ["6,738,415,616", "1,345,423,360"]),
+        ("sheared-llama/best-prune-1.3b.yaml", ["6,738,415,616", "1,345,423,360"]),
         ("sheared-llama/prune-2.7b.yaml", ["6,738,415,616", "2,701,560,320"]),
         ("llama-3.1-8b/prune-3.6b.yaml", ["8,030,261,248", "3,606,752,256"]),
         ("pythia/prune-160m.yaml", ["405,334,016", "162,322,944"]),  # the sizes of the two Pythias
@@ -92,8 +93,9 @@ def test_stage_two_can_be_shown_before_its_model_is_there(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    second, first = (f"examples/sheared-llama/{name}-1.3b.yaml" for name in ("continue", "prune"))
-    assert "1,345,423,360 parameters" in shown(capsys, second, "--after", first)
+    for recipe in ("best-", ""):
+        second, first = (f"examples/sheared-llama/{recipe}{name}-1.3b.yaml" for name in ("continue", "prune"))
+        assert "1,345,423,360 parameters" in shown(capsys, second, "--after", first)
     assert cli.main(["show", second]) == 2
     assert "add --after with that run's config" in capsys.readouterr().err
     assert cli.main(["show", second, "--after", second]) == 2

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,15 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def measured() -> list[dict[str, Any]]:
-    """The rows of the newest run of pruning_step.py."""
-    return rows("pruning_step.csv")[-len(LEVELS) * len(KINDS) :]
+    """The newest commit's rows of pruning_step.csv: medians of its runs."""
+    found = rows("pruning_step.csv")
+    found = [row for row in found if row["commit"] == found[-1]["commit"]]
+    places = {(level, kind): [row for row in found if (row["gates"], row["step"]) == (level, kind)]
+              for level in LEVELS for kind in KINDS}  # fmt: skip
+    seconds = {place: median(float(row["seconds"]) for row in runs) for place, runs in places.items()}
+    return [runs[0] | {"speed_to_dense": seconds[place[0], "dense"] / seconds[place],
+                       "flops_to_dense": median(float(row["flops_to_dense"]) for row in runs)}
+            for place, runs in places.items()]  # fmt: skip
 
 
 def gate(axis: Axes) -> None:
@@ -58,6 +66,8 @@ def schedule(axis: Axes) -> None:
     axis.plot(steps, seconds, label=f"time by the middle panel, mean {np.mean(seconds):.2f}")
     axis.set(title="the paper's 3,200 steps, dense = 1", xlabel="step of pruning", ylim=(0, 1.15))
     axis.legend(fontsize="small")
+    for row in measured():
+        print(f"{row['gates']:8} {row['step']:8} {row['speed_to_dense']:.2f} x dense")
     print(
         f"schedule: operations {np.mean(shares):.3f}, time {np.mean(seconds):.3f}: {1 / np.mean(seconds):.2f} x dense"
     )

@@ -10,7 +10,7 @@ BIN := .venv/bin
 help: ## these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/ready ## the main job on a real model: prune, extract, continue, export, open in transformers
+demo: .venv/demo ## the main job on a real model: prune, extract, continue, export, open in transformers
 	$(BIN)/python examples/smollm2/demo.py --processes $(PROCESSES) --recipe $(RECIPE) $(OVERRIDES)
 
 study: .venv/ready ## which way of choosing units is best (examples/study): hours; goes on where it stopped
@@ -50,11 +50,14 @@ bench: .venv/ready ## the kernel benchmark; without a GPU its roofline and the a
 gpu: ## on a machine with a GPU, and torch and triton in PYTHON: all it should answer, in under 25 minutes
 	$(PYTHON) examples/gpu/session.py
 
-.venv/ready: pyproject.toml constraints.txt
+# The demo needs half of the packages that tests do.
+.venv/demo: EXTRAS := examples
+.venv/ready: EXTRAS := dev,examples
+.venv/demo .venv/ready: pyproject.toml constraints.txt
 	@echo "setting up .venv (once; a few minutes at most)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[dev,examples]' torch triton
+		--editable '.[$(EXTRAS)]' torch triton
 	@touch $@
 
 clean: ## remove .venv, runs and build products

@@ -188,7 +188,6 @@ class Checkpointer:
         write_atomically(partial / sharded.PROGRESS, content)
         os.rename(partial, final)
         sync(final.parent)
-        for old in sharded.checkpoints(self.run)[: -self.keep]:
-            step = sharded.step_of(old)
-            if old != final and not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(old)
+        there = [sharded.step_of(each) for each in sharded.checkpoints(self.run)]
+        for old in sharded.outdated(there, sharded.step_of(final), self.keep, self.keep_every):
+            shutil.rmtree(sharded.path(self.run, old))

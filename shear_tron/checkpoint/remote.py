@@ -65,9 +65,8 @@ class Remote:
         place = f"{self._place(step)}/{sharded.PROGRESS}"
         self.system.put_file(str(checkpoint / sharded.PROGRESS), f"{place}.part")
         self.system.mv(f"{place}.part", place)
-        for old in self.steps()[:-keep]:
-            if old != step and not (keep_every and old % keep_every == 0):
-                self._remove(old)
+        for old in sharded.outdated(self.steps(), step, keep, keep_every):
+            self._remove(old)
 
     def fetch(self, step: int, run: Path) -> None:
         """Copy a checkpoint and the run's logs into ``run``. ValueError where it is not what was written."""

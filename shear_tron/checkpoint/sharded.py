@@ -8,7 +8,7 @@ nothing is pickled. What is not a tensor goes to ``progress.json``, with the siz
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +72,12 @@ def checkpoints(run: Path) -> list[Path]:
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     found = [folder / name for name in names if is_name(name)]
     return [path for path in found if not path.is_symlink() and (path / PROGRESS).is_file()]
+
+
+def outdated(steps: Sequence[int], newest: int, keep: int, keep_every: int) -> list[int]:
+    """Those of ``steps``, in order, that go once ``newest`` is whole: all but the last ``keep``, itself, and multiples
+    of ``keep_every``; 0: no multiples stay."""
+    return [old for old in steps[:-keep] if old != newest and not (keep_every and old % keep_every == 0)]
 
 
 def sealed(content: Mapping[str, Any]) -> str:

@@ -15,10 +15,10 @@ from torch import Tensor
 from shear_tron.architecture import Architecture
 from shear_tron.dims import Dim
 from shear_tron.params import by_leaf
+from shear_tron.pruning.scores import PIECE
 
 # The norm whose output each matrix reads. Other weights along hidden write to the stream.
 READS = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm", "gate": "mlp_norm", "up": "mlp_norm", "lm_head": "norm"}
-PIECE = 1 << 24  # entries of a weight that are turned at once: 128 MB in float64
 
 
 class Weights(Protocol):

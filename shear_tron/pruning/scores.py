@@ -10,7 +10,7 @@ from shear_tron.dims import KINDS, sizes
 from shear_tron.params import params
 from shear_tron.pruning.gates import uniform
 
-PIECE = 1 << 24  # entries of a matrix that are in float64 at once: 128 MB
+PIECE = 1 << 24  # entries of a weight that are in float64 at once, wherever one is read whole: 128 MB
 
 
 def magnitude(read: Callable[[str], Tensor], architecture: Architecture) -> dict[str, Tensor]:

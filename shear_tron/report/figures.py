@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
-from shear_tron.report.story import Miss, Stage, Story, mean
+from shear_tron.report.story import Losses, Miss, Stage, Story, mean
 from shear_tron.report.units import SPARSITIES
 
 alt.data_transformers.disable_max_rows()
@@ -43,7 +43,7 @@ def chart(rows: Rows) -> Figure:
 
 
 def _points(story: Story) -> alt.OverlayMarkDef | bool:
-    evaluations = sum("held_out" in line for stage in story.stages for line in stage.lines)
+    evaluations = sum(len(stage.evaluations) for stage in story.stages)
     return alt.OverlayMarkDef(filled=True, size=45) if evaluations <= MANY else False
 
 
@@ -69,14 +69,10 @@ def _loss(story: Story) -> Figure:
         for line in stage.lines:
             at = {"tokens": line["tokens"], "step": line["step"], "run": stage.name}
             training.append({**at, "loss": line["loss"], "what": "training batch"})
-            if "held_out" in line:
-                evaluated.append({**at, "loss": mean(line["held_out"]), "what": "held out, mean"})
+        evaluated += [_mean(stage, "held out, mean", *each) for each in stage.evaluations]
     for stage in story.baselines:
-        evaluated += [
-            {"tokens": line["tokens"], "run": stage.name, "loss": mean(line["held_out"]), "what": stage.name}
-            for line in stage.lines
-            if "held_out" in line and line["tokens"] <= story.stages[-1].last["tokens"]
-        ]
+        shown = [each for each in stage.evaluations if each[1] <= story.stages[-1].last["tokens"]]
+        evaluated += [_mean(stage, stage.name, *each) for each in shown]
     named = ["training batch", "held out, mean", *(stage.name for stage in story.baselines)]
     y = alt.Y("loss:Q", title="loss, nats per token", scale=alt.Scale(zero=False))
     kind = alt.Color("what:N", title=None, scale=alt.Scale(domain=named))
@@ -92,6 +88,10 @@ def _loss(story: Story) -> Figure:
         place = {"style": "wanted", "align": "right", "baseline": "bottom", "dy": -3, "x": "width"}
         lines.append(chart(rows).mark_text(**place).encode(y="loss:Q", text="label:N"))
     return _layer(story, *lines)
+
+
+def _mean(stage: Stage, what: str, step: int, tokens: int, losses: Losses) -> dict[str, Any]:
+    return {"tokens": tokens, "step": step, "run": stage.name, "loss": mean(losses), "what": what}
 
 
 def _mixture(story: Story) -> Figure:
@@ -110,10 +110,10 @@ def _mixture(story: Story) -> Figure:
 
 def _excess(story: Story) -> Figure | None:
     rows = [
-        {"tokens": line["tokens"], "domain": name, "run": stage.name, "excess": loss - stage.references[name]}
+        {"tokens": tokens, "domain": name, "run": stage.name, "excess": loss - stage.references[name]}
         for stage in story.stages
-        for line in stage.lines
-        for name, loss in line.get("held_out", {}).items()
+        for _, tokens, losses in stage.evaluations
+        for name, loss in losses.items()
         if name in stage.references
     ]
     if not rows:

@@ -49,6 +49,7 @@ class Stage:
     gates: list[dict[str, Any]]
     facts: dict[str, Any]
     config: dict[str, Any]
+    before: Losses  # held out, before its first step; {} in logs of older versions
     references: Losses
     samples: list[dict[str, Any]]
     start: int
@@ -81,6 +82,12 @@ class Stage:
         return int(self.last["tokens"]) - self.start
 
     @property
+    def evaluations(self) -> list[tuple[int, int, Losses]]:
+        """(step, tokens, held-out losses), from before the first step where that is known."""
+        found = [(line["step"], line["tokens"], line["held_out"]) for line in self.lines if "held_out" in line]
+        return [(0, self.start, self.before), *found] if self.before else found
+
+    @property
     def held_out(self) -> Losses | None:
         """The newest evaluation."""
         found = [line["held_out"] for line in self.lines if "held_out" in line]
@@ -110,11 +117,12 @@ class Story:
     @property
     def source(self) -> Losses:
         """Losses that the story starts from: the source's, or the references that the first stage was given."""
-        return self.stages[0].references
+        return self.stages[0].before or self.stages[0].references
 
     @property
     def source_is_measured(self) -> bool:
-        return bool(self.stages[0].config["data"].get("reference_losses") == "source")
+        first = self.stages[0]
+        return bool(first.before) or first.config["data"].get("reference_losses") == "source"
 
     @property
     def domains(self) -> list[str]:
@@ -168,6 +176,7 @@ def _stage(run: Path, start: int) -> Stage:
         snapshots,
         headers[-1] if headers else {},
         config,
+        (metrics.start(run) or {}).get("held_out", {}),
         metrics.read_references(run),
         metrics.read_lines(run / SAMPLES),
         start,

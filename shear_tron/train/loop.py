@@ -29,7 +29,7 @@ from shear_tron.train.claim import claimed, record_config
 from shear_tron.train.evaluation import DomainLosses, HeldOut
 from shear_tron.train.facts import data_sheet, open_log, spent
 from shear_tron.train.health import Health
-from shear_tron.train.metrics import GATES, LOG, REFERENCES, Log, listed
+from shear_tron.train.metrics import GATES, LOG, REFERENCES, Log
 from shear_tron.train.optimizer import adamw, moments, start_moments
 from shear_tron.train.plan import Inputs, Plan
 from shear_tron.train.pruner import Pruner
@@ -111,7 +111,7 @@ class Trainer:
         self.log = log = Log(self.run, self.step, train.steps, *told_by)
         open_log(log, self.step, resumed is not None, self.plan, self.topology, self.compute)
         if self.mixture is None:
-            self.mixture = self._start_mixture()
+            self.mixture = self._start()
         rows = self.topology.dp_rank * self.share, (self.topology.dp_rank + 1) * self.share
         batches = Batches(self.sampler, train.batch, *rows, self.mixture.weights)
         if self.cost:
@@ -235,15 +235,16 @@ class Trainer:
             **spent(report["flops"], tokens_in_batch, seconds, waited, self.topology, self.peak),
         }
 
-    def _start_mixture(self) -> Mixture:
-        references = self.inputs.references
-        if self.config.data.reference_losses == "source":
-            with self.log.wait("losses of the source", len(self.held_out), "windows") as waiting:
-                references = self.held_out.losses_of_source(self.config.model, waiting.update)
-            self.log.say("reference losses measured from the source: " + listed(references))
+    def _start(self) -> Mixture:
+        """Tell the losses before the first step. Returns the mixture, whose references they may be."""
+        with self.log.wait("losses at step 0", len(self.held_out), "windows") as waiting:
+            losses = self.held_out.losses_of_source(self.config.model, waiting.update)
+        references = losses if self.config.data.reference_losses == "source" else self.inputs.references
         if self.topology.is_main and references:
             write_atomically(self.run / REFERENCES, json.dumps(references, indent=1) + "\n")
-        return self.mixture_from(references or {})
+        self.mixture = self.mixture_from(references or {})
+        self.log.tell_start({"step": 0, "tokens": 0, "weights": self._weights(), "held_out": losses})
+        return self.mixture
 
     def mixture_from(self, references: dict[str, float]) -> Mixture:
         settings = self.config.data.mixture

@@ -1,8 +1,9 @@
 """What a run tells: a progress bar on the terminal, and in its folder one JSON line a step and snapshots of its gates.
 
 ``metrics.jsonl`` opens with a record {"run": {...}} of what is running where, and a resumed run adds another; a run
-that goes back because its loss jumped adds {"rewind": {...}}; all other lines are steps. A run may be killed in the
-middle of a line, and readers may come while one is being written: a last line that is not whole is not there.
+that goes back because its loss jumped adds {"rewind": {...}}; {"start": {...}} says what the model was before the first
+step; all other lines are steps. A run may be killed in the middle of a line, and readers may come while one is being
+written: a last line that is not whole is not there.
 """
 
 import json
@@ -53,9 +54,15 @@ class Log:
         if self.run:
             with (self.run / file).open("a") as out:
                 out.write(json.dumps(_plain(values), allow_nan=False) + "\n")
-            if file == LOG and "step" in values:
+            line = values.get("start", values)
+            if file == LOG and "step" in line:
                 for viewer in self.viewers:
-                    viewer.write(values["step"], dict(numbers(values)))
+                    viewer.write(line["step"], dict(numbers(line)))
+
+    def tell_start(self, line: Mapping[str, Any]) -> None:
+        """What the model was before the first step."""
+        self.write({"start": line})
+        self._say_losses(line)
 
     def tell(self, line: Mapping[str, Any], every: int) -> None:
         """A step, in the file if its number is a multiple of ``every`` or there is more to it than a step."""
@@ -65,7 +72,7 @@ class Log:
         if "skipped" in line:
             self.say(f"step {step} skipped: {line['skipped']}")
         if "held_out" in line:
-            self.say(f"step {step}: held-out loss {listed(line['held_out'])}{_state(line)}")
+            self._say_losses(line)
         if not step:
             return
         shown = {"loss": f"{line['loss']:.3f}", "tokens/s": f"{line['tokens_per_second']:.0f}"}
@@ -79,6 +86,9 @@ class Log:
             shown["time"] = f"{line['seconds_to_dense']:.2f} of dense"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+
+    def _say_losses(self, line: Mapping[str, Any]) -> None:
+        self.say(f"step {line['step']}: held-out loss {listed(line['held_out'])}{_state(line)}")
 
     def say(self, text: str) -> None:
         if self.run:
@@ -131,6 +141,12 @@ def headers(run: Path) -> list[dict[str, Any]]:
     return [line["run"] for line in read_lines(run / LOG) if "run" in line]
 
 
+def start(run: Path) -> dict[str, Any] | None:
+    """What the model was before the first step: a line with its ``held_out`` losses; None in logs of older versions."""
+    found = [line["start"] for line in read_lines(run / LOG) if "start" in line]
+    return found[-1] if found else None  # one for each time that a run began without a checkpoint
+
+
 def read_gates(run: Path) -> list[dict[str, Any]]:
     """Snapshots of the gates (``shear_tron.pruning.snapshot``), each with its ``step``; [] where none were pruned."""
     return read_lines(run / GATES)
@@ -171,4 +187,4 @@ def _step(line: dict[str, Any]) -> int:
     """After which step a line was written; going back to a step comes before it is saved, and is undone with it."""
     if "rewind" in line:
         return int(line["rewind"]["to"]) + 1
-    return int(line["run"]["from_step"] if "run" in line else line["step"])
+    return int(line["run"]["from_step"] if "run" in line else line.get("start", line)["step"])

@@ -66,6 +66,16 @@ def test_tokens_go_on_counting_from_run_to_run(runs: tuple[str, str]) -> None:
     assert [line["tokens"] // (8 * 16) for line in (*prune.lines, *go_on.lines)] == list(range(1, 14))
 
 
+def test_a_run_is_told_from_before_its_first_step(runs: tuple[str, str]) -> None:
+    """The model that continues is the one that pruning ended with."""
+    prune, go_on = read([Path(run) for run in runs], []).stages
+    assert prune.held_out is not None
+    step, tokens, losses = go_on.evaluations[0]
+    assert (step, tokens) == (0, prune.last["tokens"])
+    assert losses == pytest.approx(prune.held_out, abs=1e-5)
+    assert read([Path(runs[1])], []).table()[0] == ("source", losses)
+
+
 def test_a_miss_is_further_from_the_target_than_the_tolerance(runs: tuple[str, str]) -> None:
     (stage,) = read([Path(runs[0])], []).stages
     for end in stage.misses:

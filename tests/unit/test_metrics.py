@@ -39,6 +39,19 @@ def test_a_resumed_log_forgets_what_was_undone(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics.read_gates(tmp_path)] == [1]
 
 
+def test_what_the_model_was_before_the_first_step_is_no_step_and_stays(tmp_path: Path) -> None:
+    for loss in (3.0, 2.5):  # the second time after a stop that left no checkpoint
+        log = Log(tmp_path, 0, 9, "training", is_main=True)
+        log.tell_start({"step": 0, "tokens": 0, "weights": {"wiki": 1.0}, "held_out": {"wiki": loss}})
+        log.write({"step": 1})
+        log.close()
+    Log(tmp_path, 1, 9, "training", is_main=True).close()
+    assert metrics.read(tmp_path) == [{"step": 1}]
+    assert metrics.start(tmp_path) == {"step": 0, "tokens": 0, "weights": {"wiki": 1.0}, "held_out": {"wiki": 2.5}}
+    write(tmp_path, '{"step": 1}', "")
+    assert metrics.start(tmp_path) is None
+
+
 def test_a_snapshot_tells_means_of_blocks_by_layer() -> None:
     source = Shape(hidden=200, layers=3, heads=8, kv_heads=4, head_dim=8, ffn=32, vocab=64)
     gates = Gates(source, Shape(hidden=100, layers=3, heads=4, kv_heads=4, head_dim=8, ffn=16, vocab=64))

@@ -9,7 +9,7 @@ from argcomplete import autocomplete
 
 VERBS = {
     "prepare": "tokenise domains of text into shards",
-    "init": "write a commented config for your model and text",
+    "init": "write commented configs for your model and text",
     "stats": "how much there is of each prepared domain",
     "config": "every key of a configuration explained",
     "plan": "will it fit, how long, in which layout",
@@ -90,8 +90,9 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--target", required=True, help="parameters to shear to, such as 3B")
         sub.add_argument("--data", required=True, help="folder made by prepare, or of text: one domain per subfolder")
         sub.add_argument("--tokens", default="0.4B", help="to prune with; the paper's 0.4B by default")
+        sub.add_argument("--continue-tokens", default=None, help="to continue with; default: 125 times, as the paper")
         sub.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks that must divide the target")
-        sub.add_argument("--output", default=".", metavar="DIR", help="for prune.yaml, and prepare.yaml for text")
+        sub.add_argument("--output", default=".", metavar="DIR", help="for the files; default: here")
     if verb in ("cache-teacher", "train"):
         sub.add_argument("--nproc", type=int, default=None, help="ranks to start on this machine; torchrun for more")
     if verb == "cache-teacher":

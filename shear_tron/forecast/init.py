@@ -1,4 +1,4 @@
-"""`shear-tron init`: a first configuration for a model, a size and some text, to be read and changed."""
+"""`shear-tron init`: first configurations of both stages for a model, a size and some text, to be read and changed."""
 
 import argparse
 import re
@@ -14,6 +14,7 @@ from shear_tron.params import count
 from shear_tron.train.schedule import learning_rate_factor
 
 PAPER_BATCH, PAPER_STEPS = 32 * 4096, 3200  # tokens; Table 7
+PAPER_BATCH_AFTER, PAPER_TOKENS_AFTER = 256 * 4096, 125  # tokens; times those of pruning
 TRAVEL = 37  # what logits of gates must be able to move: four times from open to closed
 
 PREPARE = """\
@@ -32,7 +33,7 @@ PRUNE = """\
 # Check it:  shear-tron show {file}
 # Plan it:   shear-tron plan {file} --gpus 8 --gpu h100
 # Run it:    shear-tron train {file} --nproc 2
-run: runs/{name}
+run: {run}
 model: {model}
 
 data:
@@ -64,14 +65,48 @@ parallel:
   tp: {tp}
 """
 
+CONTINUE = """\
+# Stage 2: the model that {prune} leaves, trained on. First: shear-tron extract {pruned} {small}
+# Check it:  shear-tron show {file} --after {prune}
+# Plan both: shear-tron plan {prune} {file} --gpus 8 --gpu h100
+# Run it:    shear-tron train {file} --nproc 2
+run: {pruned}-continued
+model: {small}
+
+data:
+  folder: {data}
+  sequence: {sequence}
+  weights: {pruned} # go on from the mixture that pruning ended with
+  reference_losses: {pruned}/reference_losses.json # the source's own losses
+  update_every: {update}     # steps between updates of the mixture
+  evaluate_windows: {windows}
+
+train:
+  steps: {steps}             # {tokens:.3g} tokens; the paper continues with 50 billion
+  batch: {batch}             # sequences of a step, all ranks' together
+  micro_batch: 1             # sequences a rank runs at a time; larger is faster while memory lasts
+  activation_checkpointing: none   # selective or full where memory is short
+
+optimizer:
+  learning_rate: 1e-4        # the paper's
+  warmup_steps: {rate_warmup}
+
+checkpoint:
+  every: {every}             # steps; a stopped run goes on from the newest
+
+parallel:
+  tp: {tp}
+"""
+SMALL = "models/small"  # as a pruning run's last line has it
+
 
 def init(arguments: argparse.Namespace) -> str:
-    """Write ``prune.yaml`` (and ``prepare.yaml`` where the data is text). Returns what to do next.
+    """Write ``prune.yaml`` and ``continue.yaml`` (``prepare.yaml`` where the data is text). Returns what to do next.
 
     Raises ValueError for a model that cannot be sheared so, data that is not there, or files that are.
     """
     model, folder = read_architecture(arguments.model), Path(arguments.output)
-    files = {"prune": folder / "prune.yaml", "prepare": folder / "prepare.yaml"}
+    files = {name: folder / f"{name}.yaml" for name in ("prepare", "prune", "continue")}
     data, written = Path(arguments.data), {}
     if not data.is_dir():
         raise ConfigError(f"--data={data} is not a folder; give one made by `shear-tron prepare`, or one of text")
@@ -90,21 +125,21 @@ def init(arguments: argparse.Namespace) -> str:
     sequence = min(model.context, 4096 if tokens >= 1e8 else 512 if tokens >= 1e6 else 128)
     while held_out is not None and held_out <= 4 * sequence and sequence > 64:  # a few windows must be held out
         sequence //= 2
-    batch = max(4, int(min(PAPER_BATCH, tokens / 400) / sequence) // 4 * 4)
-    steps = min(PAPER_STEPS, max(40, round(tokens / batch / sequence)))
+    batch, steps = _spent(tokens, sequence, PAPER_BATCH)
+    steps = min(PAPER_STEPS, steps)
     travel = sum(learning_rate_factor(step, steps, steps // 10, 0.1) for step in range(steps))
     given = {n: getattr(target, n) for n in ("hidden", "layers", "heads", "kv_heads", "ffn")}
+    run = f"runs/{Path(arguments.model).name}-to-{arguments.target}"
+    both = {"data": data, "sequence": sequence, "windows": 32 if tokens >= 1e8 else 8, "tp": arguments.tp}
     written[files["prune"]] = PRUNE.format(
+        **both,
         model=arguments.model,
         source=count(model),
         parameters=count(model.resized(target)),
         file=files["prune"],
-        name=f"{Path(arguments.model).name}-to-{arguments.target}",
-        data=data,
-        sequence=sequence,
+        run=run,
         context=model.context,
         update=max(5, steps // 64),
-        windows=32 if tokens >= 1e8 else 8,
         target=", ".join(f"{n}: {size}" for n, size in given.items() if size != getattr(model.shape, n)),
         warmup=max(1, steps // 5),
         gates=max(1.0, TRAVEL / travel),
@@ -113,17 +148,44 @@ def init(arguments: argparse.Namespace) -> str:
         batch=batch,
         rate_warmup=steps // 10,
         every=max(10, steps // 8),
-        tp=arguments.tp,
     )
-    for file in written:
-        if file.exists():
-            raise ConfigError(f"{file} exists; give another --output, or delete it")
+    after = number(arguments.continue_tokens) if arguments.continue_tokens else PAPER_TOKENS_AFTER * tokens
+    batch, steps = _spent(after, sequence, PAPER_BATCH_AFTER)
+    written[files["continue"]] = CONTINUE.format(
+        **both,
+        prune=files["prune"],
+        file=files["continue"],
+        pruned=run,
+        small=SMALL,
+        update=max(5, steps // 128),
+        steps=steps,
+        tokens=float(steps * batch * sequence),
+        batch=batch,
+        rate_warmup=max(1, round(0.03 * steps)),
+        every=max(10, steps // 16),
+    )
+    if there := [str(file) for file in written if file.exists()]:
+        raise ConfigError(
+            f"{', '.join(there)} exist{'s' * (len(there) == 1)}; give another --output, or delete what is there"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in written.items():
         file.write_text(_aligned(content))
     first = [] if prepared else [f"shear-tron prepare {files['prepare']}"]
-    steps_next = [*first, f"shear-tron show {files['prune']}", f"shear-tron train {files['prune']} --nproc 2"]
-    return f"wrote {' and '.join(map(str, written))}; next:\n" + "\n".join(f"  {line}" for line in steps_next)
+    commands = [
+        *first,
+        f"shear-tron show {files['prune']}",
+        f"shear-tron train {files['prune']} --nproc 2",
+        f"shear-tron extract {run} {SMALL}",
+        f"shear-tron train {files['continue']} --nproc 2",
+    ]
+    return f"wrote {', '.join(map(str, written))}; next:\n" + "\n".join(f"  {line}" for line in commands)
+
+
+def _spent(tokens: float, sequence: int, most: int) -> tuple[int, int]:
+    """(sequences of a batch, steps): about ``tokens`` in some hundred steps or more, of ``most`` tokens or fewer."""
+    batch = max(4, int(min(most, tokens / 400) / sequence) // 4 * 4)
+    return batch, max(40, round(tokens / batch / sequence))
 
 
 def _aligned(text: str) -> str:

@@ -16,7 +16,7 @@ from shear_tron.pruning.gates import LIMIT
 from shear_tron.train.config import RunConfig
 from shear_tron.train.drawn import forecast
 from shear_tron.train.plan import Plan, mixture_of, plan, tokenizer_of
-from shear_tron.train.schedule import learning_rate_factor
+from shear_tron.train.schedule import rate_factor
 
 # float32 weight, gradient and two moments of Adam
 BYTES_PER_PARAMETER = 16
@@ -41,6 +41,9 @@ def show(config: RunConfig, world: int | None = None, source: RunConfig | None =
             raise ConfigError("--after wants the config of a pruning run; this one has no `prune` section")
         found = source.source(read_architecture(source.model))
         architecture = found.resized(source.prune.target.shape(found.shape))
+        if config.data.weights == source.run:  # its final mixture, which nobody knows yet
+            begun = config.data.model_copy(update={"weights": source.data.weights})
+            config = config.model_copy(update={"data": begun})
     planned = plan(config, world or parallel.pp * parallel.tp * (parallel.dp or 1), architecture)
     lines = [f"model    {config.model}", *_shapes(planned), *_layout(planned), *_tokens(planned)]
     return planned, "\n".join([*lines, *_gates(config), *_data(planned)])
@@ -134,12 +137,10 @@ def _said(tokens: int) -> str:
 
 def _gates(config: RunConfig) -> list[str]:
     """Whether gates can go from open to closed in the steps given: AdamW moves a logit by its rate at most."""
-    prune, steps, optimizer = config.prune, config.train.steps, config.optimizer
+    prune, steps = config.prune, config.train.steps
     if prune is None or prune.method != "hard_concrete":
         return []
-    factors = sum(
-        learning_rate_factor(step, steps, optimizer.warmup_steps, optimizer.min_learning_rate) for step in range(steps)
-    )
+    factors = sum(rate_factor(config, step) for step in range(steps))
     travel, needed = prune.learning_rate * factors, 2 * LIMIT
     verdict = "enough" if travel >= 2 * needed else "hardly enough" if travel >= needed else "they will NOT close"
     lines = [f"gates    a logit can move {travel:.1f} in {steps:,} steps, {needed:.1f} closes an open gate: {verdict}"]

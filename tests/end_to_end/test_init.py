@@ -33,14 +33,18 @@ def test_from_text_to_a_pruned_model(
     shown = capsys.readouterr().out
     assert "made with this model's tokenizer" in shown
     assert "closes an open gate: enough" in shown
+    assert cli.main(["show", "continue.yaml", "--after", "prune.yaml"]) == 0
+    assert "epochs at weight 0.3" in capsys.readouterr().out
     assert count(sheared(world / "model", load(RunConfig, "prune.yaml"))) == pytest.approx(70000, rel=0.03)
     beside = [
         line.index("# ") for line in Path("prune.yaml").read_text().splitlines() if line[0:1].isspace() and "# " in line
     ]
     assert beside == [35] * len(beside)
     assert cli.main(["train", "prune.yaml", "train.steps=9"]) == 0
+    assert cli.main(["extract", "runs/model-to-70000", "models/small"]) == 0
+    assert cli.main(["train", "continue.yaml", "train.steps=2"]) == 0
     assert cli.main(given) == 2
-    assert "prepare.yaml exists" in capsys.readouterr().err
+    assert "prepare.yaml, prune.yaml, continue.yaml exist;" in capsys.readouterr().err
 
 
 def test_on_prepared_data(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,8 +31,9 @@ def figures(story: Story) -> dict[str, Figure]:
     return {name: chart for name, chart in drawn.items() if chart is not None}
 
 
-def _x(story: Story) -> alt.X:
-    scale = alt.Scale(domain=[0, story.stages[-1].last["tokens"]], nice=False)
+def _x(story: Story, marked: bool = False) -> alt.X:
+    """marked: room at both ends for marks on a line."""
+    scale = alt.Scale(domain=[0, story.stages[-1].last["tokens"]], nice=False, padding=6 if marked else 0)
     return alt.X("tokens:Q", title="tokens seen", axis=alt.Axis(labelExpr=BILLIONS), scale=scale)
 
 
@@ -78,8 +79,10 @@ def _loss(story: Story) -> Figure:
     kind = alt.Color("what:N", title=None, scale=alt.Scale(domain=named))
     tooltip = ["run:N", "step:Q", "tokens:Q", alt.Tooltip("loss:Q", format=".3f")]
     lines = [
-        chart(training).mark_line(strokeWidth=1, opacity=0.55).encode(x=_x(story), y=y, color=kind, detail="run:N"),
-        chart(evaluated).mark_line(point=_points(story)).encode(x=_x(story), y=y, color=kind, tooltip=tooltip),
+        chart(training)
+        .mark_line(strokeWidth=1, opacity=0.55)
+        .encode(x=_x(story, True), y=y, color=kind, detail="run:N"),
+        chart(evaluated).mark_line(point=_points(story)).encode(x=_x(story, True), y=y, color=kind, tooltip=tooltip),
     ]
     if story.source:
         label = "source, held out" if story.source_is_measured else "reference, mean"
@@ -99,8 +102,9 @@ def _mixture(story: Story) -> Figure:
     for stage in story.stages:
         for before, line in zip([{}, *stage.lines], stage.lines, strict=False):
             if line["weights"] != before.get("weights") or line is stage.last:  # it stays as it is between updates
+                tokens = line["tokens"] if before or stage.start else 0
                 weights = line["weights"].items()
-                rows += [{"tokens": line["tokens"], "domain": name, "weight": weight} for name, weight in weights]
+                rows += [{"tokens": tokens, "domain": name, "weight": weight} for name, weight in weights]
     y = alt.Y("weight:Q", stack="normalize", title="share of a batch", axis=alt.Axis(format="%"))
     area = chart(rows).mark_area(interpolate="step-after", opacity=0.85)
     return _layer(
@@ -122,7 +126,7 @@ def _excess(story: Story) -> Figure | None:
     line = chart(rows).mark_line(point=_points(story))
     y = alt.Y("excess:Q", title="held-out loss above reference, nats")
     tooltip = ["domain:N", "run:N", "tokens:Q", alt.Tooltip("excess:Q", format="+.3f")]
-    line = line.encode(x=_x(story), y=y, color=_domain(story), tooltip=tooltip, detail="run:N")
+    line = line.encode(x=_x(story, True), y=y, color=_domain(story), tooltip=tooltip, detail="run:N")
     if _points(story):
         line = line.encode(
             shape=alt.Shape("domain:N", title=None, sort=story.domains, scale=alt.Scale(domain=story.domains))

@@ -2,11 +2,12 @@
 
 import argparse
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from shear_tron.checkpoint.model_folder import read_architecture
 from shear_tron.config import ConfigError
-from shear_tron.data.documents import format_of
+from shear_tron.data.documents import DAMAGED, Fields, Piece, format_of, read
 from shear_tron.data.manifest import FILE, Manifest
 from shear_tron.forecast.command import number
 from shear_tron.forecast.target import propose
@@ -18,7 +19,7 @@ PAPER_BATCH_AFTER, PAPER_TOKENS_AFTER = 256 * 4096, 125  # tokens; times those o
 TRAVEL = 37  # what logits of gates must be able to move: four times from open to closed
 
 PREPARE = """\
-# Your text as tokens, for {model}'s tokenizer: shear-tron prepare {file}
+# Your text as tokens, with the tokenizer of {model}: shear-tron prepare {file}
 output: {output}
 tokenizer: {model}
 # separator: <|endoftext|>   # what closes a document: what the model was trained with; default: the tokenizer's eos
@@ -202,4 +203,19 @@ def _domains(folder: Path) -> str:
             names.setdefault(path.name.split(".")[0], path)
     if not names:
         raise ConfigError(f"--data={folder} holds no domains.json and no text; it needs jsonl, parquet or txt files")
-    return "\n".join(f"  {name}: {{path: {path}}}" for name, path in names.items())
+    listed = [_domain(name, path) for name, path in names.items()]
+    if all(line.lstrip().startswith("#") for line in listed):
+        raise ConfigError(
+            f"--data={folder}: no file there begins with a line of JSON; give jsonl, parquet or txt files"
+        )
+    return "\n".join(listed)
+
+
+def _domain(name: str, path: Path) -> str:
+    """A line of ``domains``; a comment for JSON that is not JSON lines, such as a list of sources beside the text."""
+    line = f"{name}: {{path: {path}}}"
+    if path.is_file() and format_of(path.name) == "jsonl":
+        with suppress(ValueError):  # another field is the text: prepare tells which there are
+            if next(read(Piece(str(path)), "jsonl", Fields("text")), "") is DAMAGED:
+                return f"  # {line} # left out: its first line is no record of JSON"
+    return f"  {line}"

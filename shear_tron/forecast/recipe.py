@@ -10,6 +10,7 @@ from shear_tron.parallel.topology import Layout
 from shear_tron.params import count
 from shear_tron.shape import Shape
 from shear_tron.train.config import RunConfig
+from shear_tron.train.show import said
 
 GB = 1e9
 STAGE2_TOKENS = 50e9  # the paper's, where nothing else is said
@@ -71,14 +72,12 @@ def text(stages: list[Stage], gpus: int, device: Device, options: int = 4) -> st
 def _stage(stage: Stage, gpus: int, device: Device, options: int) -> tuple[list[str], float]:
     """(lines, hours in the layout that is given if it fits, else in the fastest; 0 where none fits)."""
     job, model = stage.job, stage.job.architecture
-    sizes = f"{count(model) / 1e9:.3g} B parameters"
+    sizes = f"{said(count(model))} parameters"
     if stage.target:
-        sizes += f" -> {count(model.resized(stage.target)) / 1e9:.3g} B"
+        sizes += f" -> {said(count(model.resized(stage.target)))}"
     if job.teacher:
-        sizes += f", with a teacher of {count(job.teacher) / 1e9:.3g} B"
-    lines = [
-        f"{stage.title}: {sizes}, {stage.steps:,} steps of {job.batch} x {job.time} = {stage.tokens / 1e9:.3g} B tokens"
-    ]
+        sizes += f", with a teacher of {said(count(job.teacher))}"
+    lines = [f"{stage.title}: {sizes}, {stage.steps:,} steps of {job.batch} x {job.time} = {said(stage.tokens)} tokens"]
     given = candidate(job, device, stage.target, stage.warm_up_share) if stage.given else None
     if given:
         lines += _candidate("as given", given, stage, device)

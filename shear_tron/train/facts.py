@@ -46,8 +46,9 @@ def open_log(log: Log, step: int, resumed: bool, plan: Plan, topology: Topology,
     size = f"{found['parameters']:,}" + (f" -> {found['target_parameters']:,}" if found["target"] else "")
     tokens = config.train.steps * config.train.batch * config.data.sequence
     layout = topology.layout
+    ranks = "1 rank" if layout.world == 1 else f"{layout.world} ranks"
     log.say(
-        f"{found['stage']} {size} parameters: {config.train.steps:,} steps, {tokens:,} tokens, on {layout.world} ranks "
+        f"{found['stage']} {size} parameters: {config.train.steps:,} steps, {tokens:,} tokens, on {ranks} "
         f"(pp {layout.pp} x dp {layout.dp} x tp {layout.tp}) of {found['device']}, {found['compute']}; "
         + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     )

@@ -126,13 +126,16 @@ def _tokens(plan: Plan) -> list[str]:
     return [
         f"batch    {train.batch} sequences of {data.sequence} = {batch:,} tokens; {plan.microbatches} microbatches of "
         f"{train.micro_batch} per data-parallel rank",
-        f"steps    {train.steps:,} = {_said(train.steps * batch)} tokens",
+        f"steps    {train.steps:,} = {said(train.steps * batch)} tokens",
     ]
 
 
-def _said(tokens: int) -> str:
-    size, unit = next((size, unit) for size, unit in ((1e9, " billion"), (1e6, " million"), (1, "")) if tokens >= size)
-    return f"{tokens / size:.4g}{unit}" if unit else f"{tokens:,}"
+def said(number: float) -> str:
+    """For people: 1.678 billion."""
+    for size, unit in ((1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:,.0f}"
 
 
 def _gates(config: RunConfig) -> list[str]:

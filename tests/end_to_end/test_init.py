@@ -47,6 +47,18 @@ def test_from_text_to_a_pruned_model(
     assert "prepare.yaml, prune.yaml, continue.yaml exist;" in capsys.readouterr().err
 
 
+def test_json_that_is_no_text_is_left_out(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["init", str(world / "model"), "--data", str(tmp_path / "text"), "--target", "70000"]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "sources.json").write_text('{\n "wiki": {"licence": "CC BY-SA"}\n}\n')
+    assert cli.main([*given, "--output", str(tmp_path)]) == 2
+    assert "no file there begins with a line of JSON" in capsys.readouterr().err
+    (tmp_path / "text" / "wiki.jsonl").write_text('{"content": "red"}\n')
+    assert cli.main([*given, "--output", str(tmp_path)]) == 0
+    assert set(yaml.safe_load((tmp_path / "prepare.yaml").read_text())["domains"]) == {"wiki"}
+    assert "left out: its first line is no record of JSON" in (tmp_path / "prepare.yaml").read_text()
+
+
 def test_on_prepared_data(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["init", str(world / "model"), "--data", str(world / "data"), "--tokens", "8k", "--target", "70000"]
     assert cli.main([*given, "--output", str(tmp_path)]) == 2

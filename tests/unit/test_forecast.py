@@ -106,8 +106,8 @@ def test_plan_of_both_stages_before_the_second_model_exists(
     stages = [f"examples/sheared-llama/{name}-1.3b.yaml" for name in ("prune", "continue")]
     assert cli.main(["plan", *stages, "--gpus", "16"]) == 0
     told = capsys.readouterr().out
-    assert "6.74 B parameters -> 1.35 B" in told
-    assert "stage 2, examples/sheared-llama/continue-1.3b.yaml: 1.35 B parameters" in told
+    assert "6.738 billion parameters -> 1.345 billion" in told
+    assert "stage 2, examples/sheared-llama/continue-1.3b.yaml: 1.345 billion parameters" in told
     assert "GPU-hours" in told.splitlines()[-1]
 
 

@@ -111,6 +111,12 @@ def test_gates_that_cannot_close_are_said(capsys: pytest.CaptureFixture[str], mo
     assert "NOT" not in shown(capsys, config, *short, "prune.learning_rate=4")
 
 
+def test_a_cut_without_steps_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    cut = ["train.steps=0", "prune.warmup_steps=0", "prune.method=fisher"]
+    assert "steps    0 = 0 tokens" in shown(capsys, "examples/sheared-llama/prune-1.3b.yaml", *cut)
+
+
 def test_what_ranks_hold_adds_up(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from shear_tron.config import load
     from shear_tron.train.config import RunConfig

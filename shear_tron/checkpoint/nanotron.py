@@ -3,8 +3,8 @@
 A checkpoint of any layout loads into any other, so what is written here is of one pipeline stage.
 
 There are two nanotrons (docs/nanotron.md): release 0.4 on PyPI turns neighbouring rows of a head and has one rotary
-base; the main branch can turn halves, as Hugging Face does. ``Flavour`` tells them apart. Neither reading nor writing
-needs nanotron; ``check`` reads a checkpoint back with nanotron's own classes.
+base; the main branch can turn halves, as Hugging Face does, and has a Qwen2 with biases. ``Flavour`` tells them apart.
+Neither reading nor writing needs nanotron; ``check`` reads a checkpoint back with nanotron's own classes.
 """
 
 import json
@@ -24,7 +24,7 @@ from shear_tron.checkpoint.atomic import atomic
 from shear_tron.checkpoint.nanotron_config import META, MODEL, Flavour, metas, model_config, read_model_config, require
 from shear_tron.checkpoint.nanotron_pieces import FORMAT, TURNED, Piece, Whole, find_pieces, spell, turn, wholes
 from shear_tron.checkpoint.safetensors_stream import open_file, storable
-from shear_tron.params import Param
+from shear_tron.params import Param, params
 
 
 def write(
@@ -59,7 +59,7 @@ def write(
             turned = flavour == "0.4" and part.row.leaf in TURNED
             found[name] = turn(tensor, architecture.shape.head_dim) if turned else tensor
             if all(part.name in found for part in whole.parts):
-                _write_pieces(partial / whole.folder, whole, [found.pop(part.name) for part in whole.parts], tp)
+                _write_pieces(partial / whole.stem, whole, [found.pop(part.name) for part in whole.parts], tp)
         if waiting:
             raise ValueError(f"{next(iter(waiting))} was not given ({len(waiting)} missing in all)")
         config = model_config(architecture, flavour, token_ids or {})
@@ -67,10 +67,10 @@ def write(
         (partial / META).write_text(json.dumps({"version": FORMAT, "tp": tp, "dp": 1, "metas": metas()}, indent=1))
 
 
-def _write_pieces(place: Path, whole: Whole, parts: list[Tensor], tp: int) -> None:
-    place.mkdir(parents=True)
+def _write_pieces(stem: Path, whole: Whole, parts: list[Tensor], tp: int) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
     if not whole.is_cut:
-        save_file({"data": parts[0].contiguous()}, place / "model_weight.safetensors")
+        save_file({"data": parts[0].contiguous()}, f"{stem}.safetensors")
         return
     for rank in range(tp):
         pairs, shares = [], []
@@ -86,7 +86,7 @@ def _write_pieces(place: Path, whole: Whole, parts: list[Tensor], tp: int) -> No
             "unsharded_shape": str(whole.size),
         }
         piece = torch.cat(shares, whole.axis).contiguous()
-        save_file({"data": piece}, place / f"model_weight_pp-rank-0-of-1_tp-rank-{rank}-of-{tp}.safetensors", header)
+        save_file({"data": piece}, f"{stem}_pp-rank-0-of-1_tp-rank-{rank}-of-{tp}.safetensors", header)
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,14 @@ class Checkpoint:
     architecture: Architecture
     interleaved: bool
     _parts: Mapping[str, tuple[Whole, Param, int]]  # by our names: where it is, what it is, from where on
-    _pieces: Mapping[Path, tuple[Piece, ...]]  # by a packed tensor's folder
+    _pieces: Mapping[Path, tuple[Piece, ...]]  # by a packed tensor's stem
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
         """Check from ``model_config.json`` and every file's header that the checkpoint is whole.
 
-        ValueError where pieces are missing or come twice, and where the model has parts that a LLaMA has not.
+        ValueError where pieces are missing or come twice, where there are files of another model's, and where the
+        model has parts that are not read (``read_model_config``).
         """
         folder = Path(folder)
         architecture, interleaved = read_model_config(folder / MODEL)
@@ -110,8 +111,12 @@ class Checkpoint:
         pieces: dict[Path, tuple[Piece, ...]] = {}
         for whole in wholes(architecture):
             parts |= {part.name: (whole, part, start) for part, start, _ in whole.spans()}
-            pieces[whole.folder] = find_pieces(folder / whole.folder, whole)
-        return cls(architecture, interleaved, parts, pieces)
+            pieces[whole.stem] = find_pieces(folder, whole)
+        known = {piece.file for every in pieces.values() for piece in every}
+        if strange := sorted(set((folder / "model").rglob("*.safetensors")) - known):
+            raise ValueError(f"{strange[0]} is no part of the model that {MODEL} describes; copy both again")
+        ordered = {param.name: parts[param.name] for param in params(architecture)}
+        return cls(architecture, interleaved, ordered, pieces)
 
     def names(self) -> list[str]:
         """Our names of all tensors, in the order of ``shear_tron.params.params``."""
@@ -137,7 +142,7 @@ class Checkpoint:
 
     def _between(self, whole: Whole, start: int, stop: int) -> Tensor:
         shares = []
-        for piece in self._pieces[whole.folder]:
+        for piece in self._pieces[whole.stem]:
             first, last = max(start, piece.start), min(stop, piece.stop)
             if first < last:
                 begin = piece.local + first - piece.start

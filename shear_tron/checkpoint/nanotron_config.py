@@ -1,7 +1,7 @@
 """Configurations of nanotron: a model's, a checkpoint's progress, and the YAML of a training that goes on."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +13,12 @@ from shear_tron.shape import Shape, require_split
 Flavour = Literal["0.4", "main"]
 MODEL, META = "model_config.json", "checkpoint_metadata.json"
 ONLY_BASE = 10000.0  # of release 0.4's rotary embedding
-# Parts of main's models that no LLaMA has.
+# Parts of main's models that are not read.
 _REFUSED = (
-    "attention_bias", "moe_config", "no_rope_layer", "sliding_window_size", "rope_scaling",
+    "moe_config", "no_rope_layer", "sliding_window_size", "rope_scaling",
     "rope_seq_len_interpolation_factor",
 )  # fmt: skip
+_QKV = frozenset("qkv")  # the only biases that main's Qwen2 has, and they are one tensor
 
 
 def require(architecture: Architecture, flavour: Flavour, tp: int = 1) -> None:
@@ -28,10 +29,18 @@ def require(architecture: Architecture, flavour: Flavour, tp: int = 1) -> None:
             f"hidden={shape.hidden} is not heads={shape.heads} times head_dim={shape.head_dim}, which nanotron takes "
             f"for granted; shear to hidden={shape.heads * shape.head_dim}"
         )
-    llama = Architecture(shape, rope, architecture.norm_eps, architecture.context, architecture.family)
+    biases = architecture.biases
+    if biases and flavour == "0.4":
+        raise ValueError(f"biases of {', '.join(sorted(biases))}: nanotron 0.4 has none; write for main")
+    if biases and biases != _QKV:
+        raise ValueError(
+            f"biases of {', '.join(sorted(biases))}: nanotron has those of q, k and v, all or none; go on in another "
+            "trainer"
+        )
+    plain = Architecture(shape, rope, architecture.norm_eps, architecture.context, architecture.family, biases=biases)
     for fact in fields(architecture):
         value = getattr(architecture, fact.name)
-        if value != getattr(llama, fact.name):
+        if value != getattr(plain, fact.name):
             raise ValueError(f"{fact.name}={short(value)}: nanotron has no such model; go on in another trainer")
     if rope.share != 1.0:
         raise ValueError(f"rope share={rope.share:g}: nanotron turns whole heads; go on in another trainer")
@@ -44,10 +53,13 @@ def require(architecture: Architecture, flavour: Flavour, tp: int = 1) -> None:
 
 
 def model_config(architecture: Architecture, flavour: Flavour, token_ids: Mapping[str, Any]) -> dict[str, Any]:
-    """nanotron's LlamaConfig of a model, as its ``model_config.json`` and the YAML of a training have it."""
-    shape = architecture.shape
+    """nanotron's LlamaConfig of a model, as its ``model_config.json`` and the YAML of a training have it.
+
+    With biases main's Qwen2Config: its LLaMA ignores ``attention_bias``.
+    """
+    shape, biased = architecture.shape, bool(architecture.biases)
     config: dict[str, Any] = {
-        "is_llama_config": True,
+        "is_qwen2_config" if biased else "is_llama_config": True,
         "hidden_size": shape.hidden,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
@@ -65,14 +77,14 @@ def model_config(architecture: Architecture, flavour: Flavour, token_ids: Mappin
         if isinstance(first, int):  # else nanotron's default: it takes no null
             config[key] = first
     if flavour == "main":
-        config |= {"rope_theta": architecture.rope.theta, "rope_interleaved": False, "attention_bias": False}
+        config |= {"rope_theta": architecture.rope.theta, "rope_interleaved": False, "attention_bias": biased}
     return config
 
 
 def read_model_config(path: Path) -> tuple[Architecture, bool]:
     """The architecture of a checkpoint's ``model_config.json``, and whether its heads' rows are neighbouring pairs.
 
-    ValueError where the model has parts that a LLaMA has not.
+    ValueError where the model has parts that neither a LLaMA nor, with biases, a Qwen2 has.
     """
     config = read_json(path)
     if not (config.get("is_llama_config") or config.get("is_qwen2_config")):
@@ -80,6 +92,9 @@ def read_model_config(path: Path) -> tuple[Architecture, bool]:
     for key in _REFUSED:
         if config.get(key):
             raise ValueError(f"{path}: {key}={short(config[key])} is not supported; use a model without")
+    biased = bool(config.get("attention_bias"))
+    if biased and not config.get("is_qwen2_config"):
+        raise ValueError(f"{path}: attention_bias is nanotron's Qwen2's, its LLaMA ignores it; set it to false")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{path}: hidden_act={short(config['hidden_act'])} is not supported; use a model with 'silu'")
     try:
@@ -96,6 +111,8 @@ def read_model_config(path: Path) -> tuple[Architecture, bool]:
         )
         rope = Rope(theta=float(config.get("rope_theta", ONLY_BASE)))
         architecture = Architecture(shape, rope, config["rms_norm_eps"], config["max_position_embeddings"])
+        if biased:
+            architecture = replace(architecture, family="qwen2", biases=_QKV)
     except KeyError as missing:
         raise ValueError(f"{path} lacks {missing}; copy the file that nanotron saved") from None
     except ValueError as error:

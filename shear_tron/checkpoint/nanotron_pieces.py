@@ -11,32 +11,36 @@ from pathlib import Path
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
-from shear_tron.checkpoint.names import Names, Packed, stored
+from shear_tron.checkpoint.names import Names, Packed, stored, with_biases
 from shear_tron.checkpoint.safetensors_stream import DTYPES, open_file
 from shear_tron.params import Param
 
 FORMAT = "1.2"  # of the checkpoint: release 0.4 writes it; main writes 1.5 and reads both
 READ = ("1.2", "1.3", "1.4", "1.5")
 
-NAMES: Names = {
-    "embed": "model.token_position_embeddings.pp_block.token_embedding",
-    "attn_norm": "model.decoder.{}.pp_block.input_layernorm",
-    **dict.fromkeys("qkv", Packed("model.decoder.{}.pp_block.attn.qkv_proj", ("q", "k", "v"), "part")),
-    "o": "model.decoder.{}.pp_block.attn.o_proj",
-    "mlp_norm": "model.decoder.{}.pp_block.post_attention_layernorm",
-    **dict.fromkeys(("gate", "up"), Packed("model.decoder.{}.pp_block.mlp.gate_up_proj", ("gate", "up"), "part")),
-    "down": "model.decoder.{}.pp_block.mlp.down_proj",
-    "norm": "model.final_layer_norm.pp_block",
-    "lm_head": "model.lm_head.pp_block",  # not there with tied embeddings
-}
-TURNED = ("q", "k")  # what rotary embeddings act on
+_QKV = Packed("model.decoder.{}.pp_block.attn.qkv_proj.weight", ("q", "k", "v"), "part")
+_GATE_UP = Packed("model.decoder.{}.pp_block.mlp.gate_up_proj.weight", ("gate", "up"), "part")
+NAMES: Names = with_biases(
+    {
+        "embed": "model.token_position_embeddings.pp_block.token_embedding.weight",
+        "attn_norm": "model.decoder.{}.pp_block.input_layernorm.weight",
+        **dict.fromkeys("qkv", _QKV),
+        "o": "model.decoder.{}.pp_block.attn.o_proj.weight",
+        "mlp_norm": "model.decoder.{}.pp_block.post_attention_layernorm.weight",
+        **dict.fromkeys(("gate", "up"), _GATE_UP),
+        "down": "model.decoder.{}.pp_block.mlp.down_proj.weight",
+        "norm": "model.final_layer_norm.pp_block.weight",
+        "lm_head": "model.lm_head.pp_block.weight",  # not there with tied embeddings
+    }
+)
+TURNED = ("q", "k", "q_bias", "k_bias")  # what rotary embeddings act on
 
 
 @dataclass(frozen=True)
 class Whole:
-    """One tensor of nanotron's: its folder in a checkpoint, and the parameters of ours that lie in it."""
+    """One tensor of nanotron's: how its files in a checkpoint begin, and the parameters of ours that lie in it."""
 
-    folder: Path
+    stem: Path
     parts: tuple[Param, ...]
 
     @property
@@ -69,7 +73,11 @@ class Whole:
 
 def wholes(architecture: Architecture) -> list[Whole]:
     """Every tensor of a checkpoint, in the order of ours."""
-    return [Whole(Path("model", *each.name.split(".")), each.params) for each in stored(architecture, NAMES)]
+    found = []
+    for each in stored(architecture, NAMES):
+        *modules, leaf = each.name.split(".")
+        found.append(Whole(Path("model", *modules, f"model_{leaf}"), each.params))
+    return found
 
 
 def turn(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
@@ -88,10 +96,10 @@ class Piece:
     stop: int
 
 
-def find_pieces(place: Path, whole: Whole) -> tuple[Piece, ...]:
+def find_pieces(checkpoint: Path, whole: Whole) -> tuple[Piece, ...]:
     """The pieces of a packed tensor, in order and without a gap."""
-    found: list[Piece] = []
-    for file in sorted(place.glob("model_weight*.safetensors")):
+    stem, found = checkpoint / whole.stem, list[Piece]()
+    for file in sorted(stem.parent.glob(f"{stem.name}*.safetensors")):
         with open_file(file) as opened:
             header, data = opened.metadata() or {}, opened.get_slice("data")
             size, dtype = tuple(data.get_shape()), data.get_dtype()
@@ -114,7 +122,7 @@ def find_pieces(place: Path, whole: Whole) -> tuple[Piece, ...]:
     ends = [0, *(piece.stop for piece in found)]
     starts = [*(piece.start for piece in found), whole.size[whole.axis]]
     if ends != starts:
-        raise ValueError(f"{place} is not one tensor in pieces; copy all ranks' files, and those of one layout only")
+        raise ValueError(f"{stem}* is not one tensor in pieces; copy all ranks' files, and those of one layout only")
     return tuple(found)
 
 

@@ -13,10 +13,10 @@ import ranks
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from shear_tron.architecture import Architecture, Rope
 from shear_tron.checkpoint import huggingface
@@ -40,6 +40,10 @@ def tensors(architecture: Architecture) -> dict[str, Tensor]:
         p.name: 0.2 * torch.randn(p.size, generator=noise) + (1.0 if "norm" in p.name else 0.0)
         for p in params(architecture)
     }
+
+
+def qwen2(shape: Shape) -> Architecture:
+    return Architecture(shape, Rope(theta=1e6), context=SEQUENCE, family="qwen2", biases=frozenset("qkv"))
 
 
 def batches() -> Any:
@@ -183,6 +187,48 @@ def test_round_trip(name: str, tp: int, flavour: Flavour, tmp_path: Path) -> Non
     assert ("main branch" in done) == (flavour == "main")
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_qwen2_with_biases_goes_to_main_and_back(name: str, tp: int, tmp_path: Path) -> None:
+    """One tensor holds the three biases, cut over ranks as their weights are."""
+    architecture = qwen2(SHAPES[name])
+    weights = tensors(architecture)
+    write(tmp_path / "out", architecture, reversed(weights.items()), dtype=torch.float32, tp=tp)
+    config = json.loads((tmp_path / "out/model_config.json").read_text())
+    assert config["is_qwen2_config"] is config["attention_bias"] is True
+    assert "is_llama_config" not in config
+    qkv = tmp_path / "out/model/model/decoder/0/pp_block/attn/qkv_proj"
+    last = qkv / f"model_bias_pp-rank-0-of-1_tp-rank-{tp - 1}-of-{tp}.safetensors"
+    every = [weights[f"layers.0.{part}_bias"].chunk(tp)[-1] for part in "qkv"]
+    assert torch.equal(load_file(last)["data"], torch.cat(every))
+    read = Checkpoint.open(tmp_path / "out")
+    assert read.architecture == architecture
+    assert read.names() == list(weights)
+    for each, tensor in weights.items():
+        assert torch.equal(read.read(each), tensor)
+        assert torch.equal(read.read_slice(each, 0, 3, 9), tensor[3:9])
+    assert "files read back by nanotron's own classes" in check(tmp_path / "out")
+    huggingface.write(tmp_path / "back", read.architecture, read.tensors())
+    assert not AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)[1]["unexpected_keys"]
+    for file in qkv.glob("model_bias*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"qkv_proj/model_bias\* is not one tensor in pieces"):
+        Checkpoint.open(tmp_path / "out")
+
+
+def test_biases_that_the_config_does_not_tell_of_are_not_lost(tmp_path: Path) -> None:
+    architecture = qwen2(SHAPES["grouped"])
+    write(tmp_path / "out", architecture, tensors(architecture).items())
+    config = json.loads((tmp_path / "out/model_config.json").read_text())
+    (tmp_path / "out/model_config.json").write_text(json.dumps({**config, "attention_bias": False}))
+    with pytest.raises(ValueError, match=r"qkv_proj/model_bias.* is no part of the model that model_config.json"):
+        Checkpoint.open(tmp_path / "out")
+    llama = {key: value for key, value in config.items() if key != "is_qwen2_config"} | {"is_llama_config": True}
+    (tmp_path / "out/model_config.json").write_text(json.dumps(llama))
+    with pytest.raises(ValueError, match="attention_bias is nanotron's Qwen2's, its LLaMA ignores it; set it to false"):
+        Checkpoint.open(tmp_path / "out")
+
+
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     """A checkpoint in two pieces, of the grouped shape."""
@@ -211,7 +257,7 @@ def test_pieces_that_do_not_make_one_tensor_are_refused(written: Path) -> None:
     qkv = sorted((written / "model/model/decoder/1/pp_block/attn/qkv_proj").iterdir())
     one = qkv[0].read_bytes()
     qkv[0].unlink()
-    with pytest.raises(ValueError, match="qkv_proj is not one tensor in pieces; copy all ranks' files"):
+    with pytest.raises(ValueError, match=r"qkv_proj/model_weight\* is not one tensor in pieces; copy all ranks' files"):
         Checkpoint.open(written)
     (qkv[0].parent / "model_weight_pp-rank-0-of-1_tp-rank-0-of-4.safetensors").write_bytes(one)
     Checkpoint.open(written)  # names do not count
@@ -234,7 +280,7 @@ def test_headers_that_are_no_llama_are_refused(written: Path, header: dict[str, 
         Checkpoint.open(written)
 
 
-@pytest.mark.parametrize("key", ["attention_bias", "moe_config", "no_rope_layer", "rope_scaling"])
+@pytest.mark.parametrize("key", ["moe_config", "no_rope_layer", "sliding_window_size", "rope_scaling"])
 def test_models_with_other_parts_are_refused(written: Path, key: str) -> None:
     config = json.loads((written / "model_config.json").read_text())
     (written / "model_config.json").write_text(json.dumps({**config, key: 2}))
@@ -290,3 +336,9 @@ def test_what_nanotron_lacks_is_refused() -> None:
         require(replace(architecture, rope=Rope(theta=500000.0)), "0.4")
     with pytest.raises(ValueError, match="kv_heads=2 does not split over tp=4"):
         require(architecture, "main", tp=4)
+    with pytest.raises(ValueError, match=r"biases of k, q, v: nanotron 0\.4 has none; write for main"):
+        require(replace(qwen2(SHAPES["grouped"]), rope=Rope()), "0.4")
+    with pytest.raises(ValueError, match="biases of k, o, q, v: nanotron has those of q, k and v, all or none"):
+        require(replace(architecture, biases=frozenset("qkvo")), "main")
+    with pytest.raises(ValueError, match="window=8: nanotron has no such model"):
+        require(replace(qwen2(SHAPES["grouped"]), window=8), "main")

@@ -9,6 +9,7 @@ pins it.
 """
 
 import re
+import shlex
 from pathlib import Path
 
 SCHEME = "hf://"
@@ -17,7 +18,7 @@ SMALL = (
     "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 WEIGHTS = (*SMALL, "*.safetensors")
-# Copies of a model in other formats, which folders of the Hub hold beside it.
+# Of these, what is left out: copies of a model in other formats, which folders of the Hub hold beside it.
 EXCLUDED = ("*/*", "consolidated*")
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _ID = re.compile(rf"({_NAME}/)?{_NAME}")
@@ -40,11 +41,10 @@ def located(given: str, weights: bool = False, fetch: bool = True) -> str:
     try:
         return _snapshot(name, revision or None, weights, local=False)
     except Exception as error:  # of the network, of the Hub, of the disk: whatever it is, it is not here
-        include = " ".join(f"'{pattern}'" for pattern in (WEIGHTS if weights else SMALL)[:4])
+        by_hand = _command(name, revision, weights)
         raise ValueError(
             f"{given} is no folder here, and {name} cannot be fetched from the Hub ({_reason(error)}); give a folder "
-            f"that exists, or where there is a network run: hf download {name} --include {include} --local-dir "
-            "FOLDER, and give that FOLDER"
+            f"that exists, or where there is a network run: {by_hand} --local-dir FOLDER, and give that FOLDER"
         ) from None
 
 
@@ -75,6 +75,14 @@ def _snapshot(name: str, revision: str | None, weights: bool, local: bool) -> st
     if weights and not any(Path(folder).glob("*.safetensors")):
         raise ValueError("it has no safetensors, and pickled weights are never loaded")
     return str(folder)
+
+
+def _command(name: str, revision: str, weights: bool) -> str:
+    """What fetches the same files by hand. Its options take one pattern each."""
+    options = [("revision", revision)] if revision else []
+    options += [("include", pattern) for pattern in (WEIGHTS if weights else SMALL)]
+    options += [("exclude", pattern) for pattern in EXCLUDED]
+    return " ".join(["hf", "download", name, *(f"--{key} {shlex.quote(value)}" for key, value in options)])
 
 
 def _reason(error: Exception) -> str:

@@ -80,6 +80,52 @@ def hub(twins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn
         yield found
 
 
+VERBS = {  # and whether they read weights
+    "plan": (["--model", "MODEL", "--parameters", "20000", "--gpus", "1"], False),
+    "init": (["MODEL", "--data", "WORLD/data", "--tokens", "8000", "--target", "20000"], False),
+    "prepare": (["given.yaml", "tokenizer=MODEL"], False),
+    "import": (["NANO", "out", "--tokenizer", "MODEL"], False),
+    "eval": (["MODEL", "WORLD/data", "--sequence", "16", "--windows", "2"], True),
+    "generate": (["MODEL", "red orange", "--tokens", "4"], True),
+    "reference-loss": (["given.yaml", "models=[MODEL]"], True),
+}
+GIVEN = {
+    "prepare": "{output: out, workers: 1, held_out: 0.1, domains: {trees: {path: WORLD/text/trees.jsonl}}}",
+    "reference-loss": "{folder: WORLD/data, sequence: 16, windows: 2, output: losses.yaml}",
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_hub_id_is_to_every_verb_what_its_folder_is(
+    verb: str, hub: StandIn, twins: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It says and writes the same, and fetches weights where it reads them only."""
+    options, reads_weights = VERBS[verb]
+    (tmp_path / "model").symlink_to(twins / "hf")
+    found = []
+    for number, model in enumerate(("some/model", str(tmp_path / "model"))):
+        here = tmp_path / str(number)
+        here.mkdir()
+        monkeypatch.chdir(here)
+
+        def filled(text: str, model: str = model) -> str:
+            return text.replace("MODEL", model).replace("WORLD", str(world)).replace("NANO", str(twins / "nano"))
+
+        (here / "given.yaml").write_text(filled(GIVEN.get(verb, "")))
+        assert cli.main([verb, *map(filled, options)]) == 0
+        said = capsys.readouterr().out.replace(model, "MODEL")
+        written = {
+            str(file.relative_to(here)): file.read_bytes().replace(model.encode(), b"MODEL")
+            for file in here.rglob("*")
+            if file.suffix in (".yaml", ".ds", ".safetensors")
+        }
+        found.append((said, written))
+    assert found[0] == found[1]
+    assert any(file.endswith(".safetensors") for file in hub.fetched) == reads_weights
+    assert len(hub.fetched) == len(set(hub.fetched)) > 0
+
+
 def test_a_hub_id_is_sheared_like_its_folder(
     hub: StandIn, world: Path, pruned: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

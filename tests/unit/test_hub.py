@@ -1,12 +1,14 @@
 """A Hub id is a folder once it is fetched, and it is fetched once. The Hub is a server on this machine."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub.cli import hf
 from stand_in_hub import COMMIT, StandIn, stand_in
 
 from shear_tron.hub import is_id, located
@@ -80,6 +82,21 @@ def test_what_cannot_be_fetched_is_one_line_that_says_what_to_do(hub: StandIn, m
     with pytest.raises(ValueError, match=r"ConnectError.* run: hf download my/model --include '\*.json'") as caught:
         located("my/model", weights=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("weights", "given"), [(False, "some/model"), (True, f"hf://some/model@{COMMIT}")])
+def test_the_command_of_the_error_fetches_what_would_have_been(
+    weights: bool, given: str, hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as offline:
+        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ValueError, match="hf download") as caught:
+            located(given, weights)
+    command = str(caught.value).split(" run: hf ")[1].split(", and give")[0]
+    command = command.replace("FOLDER", str(tmp_path / "by-hand"))
+    hf.app(shlex.split(command), standalone_mode=False)
+    wanted = SMALL | ({"model-00001-of-00001.safetensors"} if weights else set())
+    assert {file.name for file in (tmp_path / "by-hand").iterdir() if file.name != ".cache"} == wanted
 
 
 def test_ranks_that_start_together_fetch_once(hub: StandIn, tmp_path: Path) -> None:

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import signal
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from faults import DIE, Disk, Fault
 from safetensors.torch import load_file
 
 from shear_tron import cli
-from shear_tron.checkpoint import sharded
+from shear_tron.checkpoint import huggingface, sharded
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.sampler import Sampler
 
@@ -179,6 +182,42 @@ def test_an_export_can_be_published(pruned: Path, world: Path, tmp_path: Path) -
         assert f"| {loss:.4f} |" in row
         assert f"| {last['weights'][name]:.3f} |" in row
     assert not list(tmp_path.glob(".*"))
+
+
+SMALL_SHARDS = {"shard_bytes": 20_000}
+
+
+def die_exporting(command: list[str], where: str) -> None:
+    """In a process of its own: killed halfway through a tensor of the third file."""
+    huggingface.write.__kwdefaults__.update(SMALL_SHARDS)
+    Disk(Path(where), 0, Fault(0, 2, DIE, "write of model-00003-of"), Path(where).parent).watch()
+    cli.main(command)
+
+
+def test_an_export_that_was_killed_while_it_wrote_is_finished_by_the_same_command(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(huggingface.write.__kwdefaults__, "shard_bytes", SMALL_SHARDS["shard_bytes"])
+    where = tmp_path / "out"
+    command = ["extract", str(pruned), str(where / "small")]
+
+    def files() -> dict[str, bytes]:
+        return {str(file.relative_to(where)): file.read_bytes() for file in where.rglob("*") if file.is_file()}
+
+    assert cli.main(command) == 0
+    whole = files()
+    shutil.rmtree(where)
+
+    process = get_context("forkserver").Process(target=die_exporting, args=(command, str(where)))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "killed").read_text().startswith("write of model-00003-of")
+    (left,) = {Path(file).parts[0] for file in files()}
+    assert left.startswith(".small.")
+
+    assert cli.main(command) == 0
+    assert files() == whole
 
 
 def test_what_a_killed_export_left_is_cleared(pruned: Path, tmp_path: Path) -> None:

@@ -32,6 +32,11 @@ _KINDS: Mapping[str, tuple[Any, Any]] = {
     "bfloat16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
+_DTYPES = {  # of what is stored as torch has it
+    gguf.GGMLQuantizationType.F32: torch.float32,
+    gguf.GGMLQuantizationType.F16: torch.float16,
+    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+}
 _LAYER = {
     "embed": "token_embd.weight",
     "attn_norm": "blk.{}.attn_norm.weight",
@@ -141,13 +146,17 @@ def write(
                 raise ValueError(f"{name} is not a tensor of this model, or came twice; give every tensor once")
             if tuple(tensor.shape) != param.size:
                 raise ValueError(f"{name} has size {list(tensor.shape)}; this model's is {list(param.size)}")
-            weight = storable(name, tensor, torch.float32)
+            dtype = _DTYPES.get(_type(kind, param.size)[0], torch.float32)
+            weight = storable(name, tensor, dtype)
             turned = graph.turned and param.row.leaf.removesuffix("_bias") in ("q", "k")
             found[name] = turn(weight, architecture.shape.head_dim) if turned else weight
             while due and all(param.name in found for param in due[0][0].params):
                 each, quantised, _ = due.pop(0)
-                packed = each.pack([found.pop(param.name) for param in each.params])
-                writer.write_tensor_data(gguf.quants.quantize(packed.contiguous().numpy(), quantised))
+                packed = each.pack([found.pop(param.name) for param in each.params]).contiguous()
+                if quantised in _DTYPES:
+                    writer.write_tensor_data(packed.view(torch.uint8).numpy())
+                else:
+                    writer.write_tensor_data(gguf.quants.quantize(packed.numpy(), quantised))
         if waiting:
             raise ValueError(f"{next(iter(waiting))} was not given ({len(waiting)} missing in all)")
         writer.close()

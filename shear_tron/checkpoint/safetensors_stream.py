@@ -94,12 +94,12 @@ def _header(path: Path) -> dict[str, Entry]:
 
 def storable(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor on the CPU in ``dtype``; ValueError where a value is not finite, or not any more."""
-    if not bool(tensor.isfinite().all()):
+    extremes = torch.stack(tensor.detach().aminmax())  # of one pass; NaN where there is one
+    if not bool(extremes.isfinite().all()):
         raise ValueError(f"{name} holds NaN or infinite values, and nothing like that is written")
-    converted = tensor.detach().to(device="cpu", dtype=dtype)
-    if not bool(converted.isfinite().all()):
+    if not bool(extremes.to(dtype).isfinite().all()):  # rounding keeps the order
         raise ValueError(f"{name} holds values beyond the range of {dtype}; store a wider type")
-    return converted
+    return tensor.detach().to(device="cpu", dtype=dtype)
 
 
 class Writer:

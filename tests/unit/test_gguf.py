@@ -147,6 +147,9 @@ def test_kinds_store_what_they_can(kind: Kind, error: float, tmp_path: Path) -> 
         name = {"down": "ffn_down", "v": "attn_v"}[leaf]
         read = gguf.dequantize(stored[f"blk.1.{name}.weight"].data, stored[f"blk.1.{name}.weight"].tensor_type)
         assert np.abs(read.reshape(-1) - weights[f"layers.1.{leaf}"].numpy().reshape(-1)).max() < error
+        given = weights[f"layers.1.{leaf}"].numpy()
+        as_gguf_does = gguf.quants.quantize(given, stored[f"blk.1.{name}.weight"].tensor_type)
+        assert stored[f"blk.1.{name}.weight"].data.tobytes() == as_gguf_does.tobytes()
 
 
 def test_stretched_rotary_embeddings_are_written_as_factors(tmp_path: Path) -> None:
@@ -166,9 +169,9 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "tokenizer")
     save_tokenizer(tmp_path / "odd", pre_tokenizers.Whitespace())
 
-    def refuse(match: str, given: Any, file: str = "out.gguf", tokenizer: str = "tokenizer") -> None:
+    def refuse(match: str, given: Any, file: str = "out.gguf", tokenizer: str = "tokenizer", **how: Any) -> None:
         with pytest.raises(ValueError, match=match):
-            write(tmp_path / file, architecture, given, tokenizer_from=tmp_path / tokenizer)
+            write(tmp_path / file, architecture, given, tokenizer_from=tmp_path / tokenizer, **how)
         assert {path.name for path in tmp_path.iterdir()} == {"tokenizer", "odd"}
 
     refuse("use .*out.gguf", weights.items(), file="out")
@@ -176,6 +179,8 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     refuse("more is not a tensor of this model", [*weights.items(), ("more", torch.ones(1))])
     refuse(r"embed has size \[2\]", [("embed", torch.ones(2))])
     refuse("embed holds NaN", [("embed", torch.full((300, 64), torch.nan))])
+    large = {**weights, "layers.0.up": torch.full((96, 64), 7e4)}
+    refuse("layers.0.up holds values beyond the range of torch.float16", large.items(), kind="float16")
     refuse(r"how this tokenizer cuts text \(Whitespace\) is not known", weights.items(), tokenizer="odd")
 
 

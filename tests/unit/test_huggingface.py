@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.families import FAMILIES
 from shear_tron.checkpoint.huggingface import Weights, architecture_config, read_architecture, write
+from shear_tron.checkpoint.safetensors_stream import storable
 from shear_tron.params import params
 
 GROUPED, TIED, NEOX = (ARCHITECTURES[name] for name in ("llama, grouped", "llama, tied", "gpt_neox"))
@@ -99,6 +100,28 @@ def test_one_tensor_is_in_memory_at_a_time(dtype: torch.dtype | None, name: str,
             del tensor
 
     write(tmp_path / "model", architecture, tensors(), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_no_value_that_is_not_finite_is_overlooked(value: float, dtype: torch.dtype) -> None:
+    """At any place: the search is vectorised."""
+    weight = torch.randn(5, 27).to(dtype)
+    for place in range(weight.numel()):
+        broken = weight.clone()
+        broken.view(-1)[place] = value
+        for given in (broken, broken.t()):
+            with pytest.raises(ValueError, match="norm holds NaN or infinite values"):
+                storable("norm", given, dtype)
+    assert torch.equal(storable("norm", weight, dtype), weight)
+
+
+def test_what_overflows_in_the_stored_type_is_refused() -> None:
+    for value in (65519.0, -65519.0):  # rounds to the largest
+        assert bool(storable("norm", torch.tensor([1.0, value]), torch.float16).isfinite().all())
+    for value in (65520.0, -65520.0):
+        with pytest.raises(ValueError, match=r"norm holds values beyond the range of torch\.float16; store"):
+            storable("norm", torch.tensor([1.0, value]), torch.float16)
 
 
 def test_tokenizer_and_special_tokens_travel(tmp_path: Path) -> None:

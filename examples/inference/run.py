@@ -19,6 +19,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +34,7 @@ from shear_tron.checkpoint.model_folder import Form, read_architecture, write_mo
 from shear_tron.params import count, params
 
 ROWS = Path(__file__).with_name("rows.csv")
+PACKAGES = {"transformers": "transformers", "llama.cpp": "llama-cpp-python"}
 Generate = Callable[[int], None]  # of so many new tokens
 
 
@@ -180,9 +182,10 @@ def _row(given: argparse.Namespace, engine: str, name: str, parameters: int, sec
     commit = subprocess.run(git, capture_output=True, text=True, cwd=ROWS.parent)
     rates = [given.batch * given.tokens / each for each in seconds]
     return {
-        "engine": engine, "model": name, "parameters": parameters, "batch": given.batch, "prompt": given.prompt,
-        "tokens": given.tokens, "tokens_per_second": round(statistics.median(rates), 2),
-        "slowest": round(min(rates), 2), "fastest": round(max(rates), 2), "rounds": len(rates),
+        "engine": engine, "version": version(PACKAGES[engine]), "model": name, "parameters": parameters,
+        "batch": given.batch, "prompt": given.prompt, "tokens": given.tokens,
+        "tokens_per_second": round(statistics.median(rates), 2), "slowest": round(min(rates), 2),
+        "fastest": round(max(rates), 2), "rounds": len(rates),
         "target": given.target.replace(",", " "),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit.stdout.strip(),

@@ -194,7 +194,9 @@ class Reader:
         whole, filled = None, 0
         for file, offset in self._chunks[name]:
             with safe_open(file, framework="pt") as opened:
-                part = opened.get_tensor(name)
+                part: Tensor = opened.get_tensor(name)
+            if tuple(part.shape) == self.sizes[name]:
+                return part  # mapped from its file, not copied
             if whole is None:
                 whole = torch.empty(self.sizes[name], dtype=part.dtype)
             window = tuple(slice(start, start + length) for start, length in zip(offset, part.shape, strict=True))

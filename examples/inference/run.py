@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder of a LLaMA with its tokenizer")
     parser.add_argument(
-        "--target", default="layers=24,ffn=1024", help="sizes of the sheared model; default: make demo's"
+        "--target", default="layers=25,ffn=1152", help="sizes of the sheared model; default: make demo's"
     )
     parser.add_argument("--batch", type=int, default=1, help="sequences at a time (llama.cpp: 1 only)")
     parser.add_argument("--prompt", type=int, default=32)

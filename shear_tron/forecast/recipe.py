@@ -93,7 +93,7 @@ def _stage(stage: Stage, gpus: int, device: Device, options: int) -> tuple[list[
         )
     chosen = given if given and given.fits(device) else fitting[0] if fitting else None
     if chosen is None:
-        lines.append(f"  nothing fits: {_remedy(others, device) if others else 'no layout divides these sizes'}")
+        lines.append(f"  nothing fits: {_remedy(others, device) if others else _indivisible(job, gpus)}")
         return lines, 0.0
     if chosen is not given:
         lines += _candidate("fastest", chosen, stage, device)
@@ -131,6 +131,14 @@ def _row(found: Candidate, stage: Stage, device: Device) -> str:
     return (
         f"    {_duration(hours):>8}  {found.peak.total / GB:5.1f} GB  MFU {mfu:4.0%}  {found.settings}"
         f"  (beside products most in {why})"
+    )
+
+
+def _indivisible(job: Job, gpus: int) -> str:
+    shape = job.architecture.shape
+    return (
+        f"no layout of {gpus} GPUs divides train.batch={job.batch}, layers={shape.layers}, kv_heads={shape.kv_heads}; "
+        "give a larger train.batch, or other --gpus"
     )
 
 

@@ -109,6 +109,9 @@ def test_plan_of_both_stages_before_the_second_model_exists(
     assert "6.738 billion parameters -> 1.345 billion" in told
     assert "stage 2, examples/sheared-llama/continue-1.3b.yaml: 1.345 billion parameters" in told
     assert "GPU-hours" in told.splitlines()[-1]
+    reason = "no layout of 13 GPUs divides train.batch=1, layers=32, kv_heads=32; give a larger train.batch"
+    assert cli.main(["plan", stages[0], "--gpus", "13", "train.batch=1", "train.micro_batch=1"]) == 0
+    assert reason in capsys.readouterr().out
 
 
 @pytest.mark.slow

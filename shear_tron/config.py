@@ -13,10 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shear_tron.files import write_atomically
-from shear_tron.reading import parse_yaml, read_text, short
+from shear_tron.reading import listed, parse_yaml, read_text, said, short
 
 LARGEST = 1 << 20  # bytes of a config
-MOST_TOLD = 20  # problems told at once
 
 
 class ConfigError(ValueError):
@@ -80,12 +79,7 @@ def _explain(kind: type[BaseModel], error: ValidationError, values: dict[str, An
         if any(key == where or key.startswith(f"{where}.") for key in found):
             continue  # the same value as another kind that the key may have
         found[where] = _say(kind, keys, where, problem)
-    listed = list(found.values())
-    if len(listed) == 1:
-        return listed[0]
-    told = [f"({number}) {text}" for number, text in enumerate(listed[:MOST_TOLD], 1)]
-    more = [f"and {len(listed) - MOST_TOLD} more"] if len(listed) > MOST_TOLD else []
-    return f"{len(listed)} problems: " + "; ".join(told + more)
+    return listed(list(found.values()))
 
 
 def _keys_of(location: tuple[int | str, ...], values: Any) -> list[str]:
@@ -108,11 +102,7 @@ def _say(kind: type[BaseModel], keys: list[str], where: str, problem: Any) -> st
         near = difflib.get_close_matches(keys[-1][:60], valid, n=1, cutoff=0.0)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"unknown key {short(where)}; {hint}valid keys here: {', '.join(valid)}"
-    if problem["type"] == "missing":
-        return f"{where} is missing; it has no default"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], dict) else f"={short(problem['input'])}"
-    return f"{where}{given}: {message}" if where else message
+    return said(where, problem)
 
 
 def _keys_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

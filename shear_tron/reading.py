@@ -9,14 +9,17 @@ import math
 import os
 import re
 import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from pydantic import ValidationError
 
 LARGEST = 256 << 20  # bytes of any file read whole: a tokenizer or an index of the largest models has a tenth
 DEEPEST = 64  # levels of nesting
 MOST = 100_000  # values in a YAML file
+MOST_TOLD = 20  # problems told at once
 # What PyYAML lets through from constructing tagged values.
 _SLIPS = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
@@ -44,7 +47,7 @@ def read_json(path: str | Path, largest: int = LARGEST) -> dict[str, Any]:
     try:
         value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({_in_one_line(error)})") from None
+        raise ValueError(f"{path} is not JSON ({in_one_line(error)})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object")
     return value
@@ -64,7 +67,7 @@ def parse_yaml(text: str, where: str) -> Any:
         ArithmeticError,
         RecursionError,
     ) as error:
-        raise ValueError(f"{where} is not YAML: {_in_one_line(error)}") from None
+        raise ValueError(f"{where} is not YAML: {in_one_line(error)}") from None
 
 
 def short(value: object, most: int = 60) -> str:
@@ -78,6 +81,48 @@ def short(value: object, most: int = 60) -> str:
     else:
         text = repr(value)
     return text if len(text) <= most else text[:most] + "..."
+
+
+def explain(error: ValidationError, spelling: Mapping[str, str | None] | None = None) -> str:
+    """Everything that is wrong with a value, in one line. ``spelling``: what its file calls some of the first keys."""
+    found: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        first, *rest = problem["loc"] or ("",)
+        key = " ".join(".".join(map(str, [(spelling or {}).get(str(first), first), *rest])).split())
+        where = key if len(key) <= 100 else short(key, 100)
+        found.setdefault(
+            where, f"unknown key {where}" if problem["type"] == "extra_forbidden" else said(where, problem)
+        )
+    return listed(list(found.values()))
+
+
+def said(where: str, problem: Any) -> str:
+    """One of pydantic's problems, at a key."""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {where}"
+    if problem["type"] == "missing":
+        return f"{where} is missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], dict) else f"={short(problem['input'])}"
+    return f"{where}{given}: {message}" if where else message
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Problems in one line, numbered where there are several."""
+    if len(problems) == 1:
+        return problems[0]
+    told = [f"({number}) {text}" for number, text in enumerate(problems[:MOST_TOLD], 1)]
+    more = [f"and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
+    return f"{len(problems)} problems: " + "; ".join(told + more)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error of anybody's says, in one line and not at length."""
+    if isinstance(error, ValidationError):
+        return explain(error)
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _nested(value: dict[Any, Any] | list[Any] | tuple[Any, ...] | set[Any]) -> bool:
@@ -109,11 +154,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text[:20]} is beyond any number")
     return number
-
-
-def _in_one_line(error: BaseException) -> str:
-    text = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-    return text[:200]
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,8 +1,8 @@
 """Saving a running training, at once or in the background, and keeping no more than asked.
 
-Tensors go through torch.distributed.checkpoint and its safetensors storage. Every rank then brings its own file to the
-disk and takes its sha256, the main rank writes ``progress.json`` with all of them, and only then does the checkpoint
-get its name. A crash at any moment leaves the checkpoints before it as they were.
+torch.distributed.checkpoint plans who writes what. Every rank brings its own file to the disk (``Storage``), the main
+rank writes ``progress.json`` with the sha256 of all of them, and only then does the checkpoint get its name. A crash at
+any moment leaves the checkpoints before it as they were.
 """
 
 import json
@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from shear_tron.checkpoint import sharded
-from shear_tron.checkpoint.remote import Remote, in_one_line
-from shear_tron.files import sha256, sync, write_atomically
+from shear_tron.checkpoint.remote import Remote
+from shear_tron.checkpoint.storage import Storage
+from shear_tron.files import sync, write_atomically
 from shear_tron.parallel.agree import AgreedError, first_text, gather_texts, highest, require_all
+from shear_tron.reading import in_one_line
 
 PARTIAL = ".partial"
 
@@ -56,7 +56,7 @@ class Checkpointer:
         self.remote = None if upload is None else Remote(upload)
         self.main = dist.get_rank() == 0
         self._saved: tuple[int, float] = (-1, time.monotonic())  # step, when
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())  # that one pins memory
+        self._copies: dict[str, Tensor] = {}  # in the host's memory, for the thread
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") if background else None
         self._pending: Future[None] | None = None
         # A thread needs a group of its own: its collectives must not mix with those of training.
@@ -100,11 +100,19 @@ class Checkpointer:
         self._saved = (step, time.monotonic())
         # Made now: the thread must see neither tensors nor numbers of later steps.
         text = json.dumps(state)
+        parts = sharded.parts(tensors)
         if self._thread is None:
-            self._write(step, dict(tensors), text)
+            self._write(step, tensors, parts, text)
         else:
-            staged = self._stager.stage(dict(tensors))
-            self._pending = self._thread.submit(self._write, step, staged, text)
+            self._pending = self._thread.submit(self._write, step, tensors, self._copied(parts), text)
+
+    def _copied(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in the host's memory, in the same place every time: fresh memory costs more than the copying."""
+        for name, part in parts.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+            self._copies[name].copy_(part)
+        return self._copies
 
     def wait(self) -> None:
         """Until the save in the background is done. Raises what went wrong in it."""
@@ -120,31 +128,24 @@ class Checkpointer:
             if self._thread is not None:
                 self._thread.shutdown(wait=True)
 
-    def _write(self, step: int, tensors: dict[str, Tensor], state: str) -> None:
+    def _write(self, step: int, tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor], state: str) -> None:
+        """tensors: whose sizes and places are looked at; parts: whose values are written."""
         final = sharded.path(self.run, step)
         partial = final.with_suffix(PARTIAL)
         self._on_main(lambda: self._begin(final, partial), f"step {step} is not saved")
+        storage = Storage(partial, parts)
         try:
-            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            save_distributed(tensors, storage_writer=writer, process_group=self._group)
+            save_distributed(dict(tensors), storage_writer=storage, process_group=self._group)
         except CheckpointException as error:  # no Exception; all ranks get it
             reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
             raise AgreedError(f"step {step} is not saved: {reasons}") from None
-        mine, problem = {}, None
-        try:
-            for file in sorted(partial.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors")):
-                sync(file)
-                mine[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        except OSError as error:
-            problem = f"step {step} is not saved: rank {dist.get_rank()}: {error}"
-        require_all(problem, self._group)
         files: dict[str, Any] = {}
-        for text in gather_texts(json.dumps(mine), self._group):
+        for text in gather_texts(json.dumps(storage.files), self._group):
             files |= json.loads(text)
         content = sharded.sealed({"step": step, "files": files, "state": json.loads(state)})
         self._on_main(lambda: self._finish(final, partial, content), f"step {step} is not saved")
         if self.remote is not None:
-            self._upload(self.remote, final, [final / name for name in mine])
+            self._upload(self.remote, final, [final / name for name in storage.files])
 
     def _upload(self, remote: Remote, checkpoint: Path, mine: list[Path]) -> None:
         """Send a checkpoint, each rank its own files. Only a whole one is called so there."""

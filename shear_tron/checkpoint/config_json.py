@@ -1,64 +1,101 @@
-"""Typed reading of a config.json: every value checked, every complaint in one line that names file, key and fix."""
+"""config.json of a Hugging Face folder as a typed model: what all families have in common, in LLaMA's spelling.
+
+A family's own class adds its keys, and its defaults where they are not LLaMA's; all are transformers'.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from shear_tron.reading import short
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticUseDefault
+
+from shear_tron.reading import explain
 
 # Sizes beyond these are a damaged file's, and would only be found out after long allocations or loops.
 MOST_LAYERS, LARGEST_SIZE, LONGEST_CONTEXT = 10_000, 2**24, 2**31
 
+Facts = dict[str, Any]  # fields of Architecture
 
-@dataclass(frozen=True)
-class ConfigJson:
-    """The values of one file.
 
-    ``defaults``: of keys that the file leaves out. ``spelling``: what this file calls some keys; None: not at all.
-    """
+def _null_is_left_out(value: object) -> object:
+    if value is None:
+        raise PydanticUseDefault
+    return value
 
-    path: Path
-    values: Mapping[str, Any]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    spelling: Mapping[str, str | None] = field(default_factory=dict)
 
-    def get(self, key: str) -> Any:
-        spelled = self.spelling.get(key, key)
-        return self.defaults.get(key) if spelled is None else self.values.get(spelled, self.defaults.get(key))
+Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
+Context = Annotated[int, Field(ge=1, le=LONGEST_CONTEXT)]
+Positive = Annotated[float, Field(gt=0, lt=1e18)]
+Number = Annotated[Positive, BeforeValidator(_null_is_left_out)]
+Flag = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 
-    def size(self, key: str, null: int | None = None, *, least: int = 1, most: int = LARGEST_SIZE) -> int:
-        """A whole number from ``least`` to ``most``; where the value is null, ``null``."""
-        value = self.get(key)
-        value = null if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(f"{self.name(key)}={short(value)} is not a size; use a whole number")
-        if not least <= value <= most:
-            raise self.error(f"{self.name(key)}={value} is not a size; use a whole number from {least} to {most}")
-        return value
+_READ = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
-    def number(self, key: str) -> float:
-        value = self.get(key)
-        value = self.defaults.get(key) if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
-            raise self.error(f"{self.name(key)}={short(value)} is not a positive number; set it")
-        return float(value)
 
-    def flag(self, key: str) -> bool:
-        value = self.get(key)
-        if not isinstance(value, bool | None):
-            raise self.error(f"{self.name(key)}={short(value)} is neither true nor false; set it to one of them")
-        return bool(value)
+class RopeJson(BaseModel):
+    """``rope_parameters`` of transformers 5, or ``rope_scaling`` before it."""
 
-    def inner(self, key: str, **defaults: Any) -> "ConfigJson":
-        """The object that is the value of ``key``; null and left out: empty."""
-        value = self.get(key) or {}
-        if not isinstance(value, dict):
-            raise self.error(f"{key}={short(value)} is not an object; use one, or null")
-        return ConfigJson(self.path, value, defaults)
+    model_config = _READ
 
-    def name(self, key: str) -> str:
-        return self.spelling.get(key, key) or key
+    rope_type: Literal["default", "llama3"] = "default"
+    rope_theta: Positive | None = None  # none: the one outside
+    partial_rotary_factor: Positive | None = None
+    factor: Positive | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Context | None = None
 
-    def error(self, message: str) -> ValueError:
-        return ValueError(f"{self.path}: {message}")
+    @model_validator(mode="before")
+    @classmethod
+    def _older_spelling(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            raise ValueError("is not an object; use one, or null")
+        if any(isinstance(value, dict) for value in values.values()):
+            raise ValueError("one by kind of layer is not supported; use a model with one for all layers")
+        return {**values, "rope_type": values.get("rope_type") or values.get("type") or "default"}
+
+    @model_validator(mode="after")
+    def _llama3_is_whole(self) -> Self:
+        if self.rope_type == "llama3":
+            needed = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+            if missing := [key for key in needed if getattr(self, key) is None]:
+                raise ValueError(f"rope_type='llama3' needs {', '.join(missing)}; set what is missing")
+        return self
+
+
+class ConfigJson(BaseModel):
+    """What is read of a config.json. Null means left out, but of sizes that may be none and of flags (false)."""
+
+    model_config = _READ
+
+    hidden_size: Size
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None  # none: as many as heads
+    head_dim: Size | None = None  # none: the hidden size's share
+    intermediate_size: Size
+    vocab_size: Size
+    tie_word_embeddings: Flag = False
+    max_position_embeddings: Context = 2048
+    rms_norm_eps: Number = 1e-6
+    rope_theta: Number = 10000.0
+    partial_rotary_factor: Number = 1.0
+    rope_scaling: RopeJson | None = None
+    rope_parameters: RopeJson | None = None
+    hidden_act: str | None = None  # none: the family's
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], spelling: Mapping[str, str | None]) -> Self:
+        """Read ``values``; ``spelling``: what the file calls some keys; None: it has no such key.
+
+        Raises ValueError, with everything that is wrong in one line.
+        """
+        spelled = {key: spelling.get(key, key) for key in cls.model_fields}
+        try:
+            return cls.model_validate({ours: values[key] for ours, key in spelled.items() if key and key in values})
+        except ValidationError as error:
+            raise ValueError(explain(error, spelled)) from None
+
+    def facts(self) -> Facts:
+        """What only this family can say. Raises ValueError where it says what no forward of ours does."""
+        return {}

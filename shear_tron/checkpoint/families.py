@@ -1,20 +1,20 @@
 """Families of models: what Hugging Face calls their parameters, and how their config.json says the facts of a forward.
 
-A family is a ``Family`` and no more code: names, what its config.json leaves out or spells otherwise than LLaMA's, and
-two functions that translate what only it can say, one each way. Sizes and constants are the same for all
-(``huggingface_config``), and a fact that a family has no word for is noticed there.
+A family is a ``Family`` and no more code: names, what its config.json spells otherwise than LLaMA's, a class of its own
+keys and defaults, and two functions that translate what only it can say, one each way. Sizes and constants are the same
+for all (``huggingface_config``), and a fact that a family has no word for is noticed there.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from shear_tron.architecture import Architecture
-from shear_tron.checkpoint.config_json import ConfigJson
+from shear_tron.checkpoint.config_json import ConfigJson, Context, Facts, Flag, Number, Size
 from shear_tron.checkpoint.names import Names, Packed, with_biases
-from shear_tron.reading import short
 
-Facts = dict[str, Any]  # fields of Architecture
 Keys = dict[str, Any]  # of config.json
 
 
@@ -22,9 +22,8 @@ Keys = dict[str, Any]  # of config.json
 class Family:
     model: str  # transformers' class
     names: Names
-    facts: Callable[[ConfigJson], Facts]
+    config: type[ConfigJson]
     keys: Callable[[Architecture], Keys]
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers', where they are not LLaMA's
     spelling: Mapping[str, str | None] = field(default_factory=dict)  # of LLaMA's keys; None: has no such key
     activation: str = "silu"
     partial_rotary: bool = False  # heads may turn in part
@@ -65,41 +64,52 @@ _NEOX = with_biases(
 )
 
 
-# --- facts that several families have
+# --- keys that several families have
 
 _QKV = frozenset({"q", "k", "v"})
 _ATTENTION = _QKV | {"o"}
 _MLP = frozenset({"gate", "up", "down"})
 
 
-def _bias_facts(config: ConfigJson) -> Facts:
-    attention, mlp = config.flag("attention_bias"), config.flag("mlp_bias")
-    return {"biases": (_ATTENTION if attention else frozenset()) | (_MLP if mlp else frozenset())}
+class _Biased(ConfigJson):
+    attention_bias: Flag = False
+    mlp_bias: Flag = False
+
+    def facts(self) -> Facts:
+        attention, mlp = self.attention_bias, self.mlp_bias
+        biases = (_ATTENTION if attention else frozenset()) | (_MLP if mlp else frozenset())
+        return {**super().facts(), "biases": biases}
 
 
 def _bias_keys(architecture: Architecture) -> Keys:
     return {"attention_bias": architecture.biases >= _ATTENTION, "mlp_bias": architecture.biases >= _MLP}
 
 
-def _window_facts(config: ConfigJson, full: Iterable[int]) -> Facts:
-    """The window of a family that lists ``layer_types``; ``full``: layers that see all where the file lists none."""
-    layers = config.size("num_hidden_layers")
-    windowed = config.flag("use_sliding_window") and config.get("sliding_window") is not None
-    types = config.get("layer_types")
-    if types is None:
-        kept = frozenset(full if windowed else range(layers))
-    else:
-        known = {"full_attention", "sliding_attention"}
-        if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= known:
-            raise config.error(
-                f"layer_types={short(types)} is not supported; list one of {sorted(known)} for each layer"
+class _Windowed(ConfigJson):
+    use_sliding_window: Flag = False
+    sliding_window: Size | None = None
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+
+    def full(self) -> Iterable[int]:
+        """Layers that see all where the file lists no ``layer_types``."""
+        raise NotImplementedError
+
+    def facts(self) -> Facts:
+        layers, types = self.num_hidden_layers, self.layer_types
+        window = self.sliding_window if self.use_sliding_window else None
+        if types is None:
+            kept = frozenset(range(layers) if window is None else self.full())
+        elif len(types) != layers:
+            raise ValueError(f"layer_types lists {len(types)} layers of num_hidden_layers={layers}; list each")
+        else:
+            kept = frozenset(layer for layer, kind in enumerate(types) if kind == "full_attention")
+        if len(kept) == layers:
+            return super().facts()
+        if window is None:
+            raise ValueError(
+                "layer_types has sliding_attention without a window; set use_sliding_window, sliding_window"
             )
-        kept = frozenset(layer for layer, kind in enumerate(types) if kind == "full_attention")
-    if len(kept) == layers:
-        return {}
-    if not windowed:
-        raise config.error("layer_types has sliding_attention without a window; set use_sliding_window, sliding_window")
-    return {"window": config.size("sliding_window"), "full_layers": kept}
+        return {**super().facts(), "window": window, "full_layers": kept}
 
 
 def _window_keys(architecture: Architecture) -> Keys:
@@ -112,40 +122,44 @@ def _window_keys(architecture: Architecture) -> Keys:
 
 # --- LLaMA 1 to 3.x, CodeLlama, TinyLlama, SmolLM 1 and 2 and others that declare it
 
-_llama = Family(
-    "LlamaForCausalLM",
-    _LLAMA,
-    _bias_facts,
-    _bias_keys,
-    hidden_is_whole_heads=True,
-)
+_llama = Family("LlamaForCausalLM", _LLAMA, _Biased, _bias_keys, hidden_is_whole_heads=True)
 
 
 # --- Mistral 7B: a window in every layer, or (since v0.2) none
 
 
-def _mistral_facts(config: ConfigJson) -> Facts:
-    return {} if config.get("sliding_window") is None else {"window": config.size("sliding_window")}
+class _Mistral(ConfigJson):
+    num_key_value_heads: Size | None = 8
+    max_position_embeddings: Context = 131072
+    sliding_window: Size | None = 4096
+
+    def facts(self) -> Facts:
+        return {} if self.sliding_window is None else {"window": self.sliding_window}
 
 
 def _mistral_keys(architecture: Architecture) -> Keys:
     return {"sliding_window": architecture.window}
 
 
-_mistral = Family(
-    "MistralForCausalLM",
-    _LLAMA,
-    _mistral_facts,
-    _mistral_keys,
-    {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-)
+_mistral = Family("MistralForCausalLM", _LLAMA, _Mistral, _mistral_keys)
 
 
 # --- Qwen2, Qwen2.5: q, k and v have a bias; a window, if any, from layer max_window_layers on
 
 
-def _qwen_window_facts(config: ConfigJson) -> Facts:
-    return _window_facts(config, range(config.size("max_window_layers", least=0)))
+class _QwenWindowed(_Windowed):
+    num_key_value_heads: Size | None = 32
+    max_position_embeddings: Context = 32768
+    sliding_window: Size | None = 4096
+    max_window_layers: Annotated[int, Field(ge=0)] = 28
+
+    def full(self) -> Iterable[int]:
+        return range(min(self.max_window_layers, self.num_hidden_layers))
+
+
+class _Qwen2(_QwenWindowed):
+    def facts(self) -> Facts:
+        return {**super().facts(), "biases": _QKV}
 
 
 def _qwen_window_keys(architecture: Architecture) -> Keys:
@@ -153,41 +167,50 @@ def _qwen_window_keys(architecture: Architecture) -> Keys:
     return {**_window_keys(architecture), "max_window_layers": full}
 
 
-def _qwen2_facts(config: ConfigJson) -> Facts:
-    return {"biases": _QKV, **_qwen_window_facts(config)}
-
-
-_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
-_qwen2 = Family("Qwen2ForCausalLM", _LLAMA, _qwen2_facts, _qwen_window_keys, _QWEN)
+_qwen2 = Family("Qwen2ForCausalLM", _LLAMA, _Qwen2, _qwen_window_keys)
 
 
 # --- Qwen3: q and k are normed head by head
 
 
-def _qwen3_facts(config: ConfigJson) -> Facts:
-    return {"qk_norm": True, **_bias_facts(config), **_qwen_window_facts(config)}
+class _Qwen3(_QwenWindowed, _Biased):
+    head_dim: Size | None = 128
+
+    def facts(self) -> Facts:
+        return {**super().facts(), "qk_norm": True}
 
 
 def _qwen3_keys(architecture: Architecture) -> Keys:
     return {**_bias_keys(architecture), **_qwen_window_keys(architecture)}
 
 
-_qwen3 = Family("Qwen3ForCausalLM", _LLAMA, _qwen3_facts, _qwen3_keys, {**_QWEN, "head_dim": 128})
+_qwen3 = Family("Qwen3ForCausalLM", _LLAMA, _Qwen3, _qwen3_keys)
 
 
 # --- SmolLM3: every so many layers do not turn
 
 
-def _smollm3_facts(config: ConfigJson) -> Facts:
-    layers, turned = config.size("num_hidden_layers"), config.get("no_rope_layers")  # 1: turns, in spite of the name
-    if turned is None:
-        every = config.size("no_rope_layer_interval")
-        turned = [int((layer + 1) % every != 0) for layer in range(layers)]
-    if not isinstance(turned, list) or len(turned) < layers or not set(map(str, turned)) <= {"0", "1"}:
-        raise config.error(f"no_rope_layers={short(turned)} is not supported; list 1 (turns) or 0 for each layer")
-    unturned = frozenset(layer for layer in range(layers) if not turned[layer])
-    windows = _window_facts(config, set(range(layers)) - unturned)
-    return {"unturned_layers": unturned, **_bias_facts(config), **windows}
+class _SmolLM3(_Windowed, _Biased):
+    num_key_value_heads: Size | None = 4
+    max_position_embeddings: Context = 32768
+    tie_word_embeddings: Flag = True
+    rope_theta: Number = 2000000.0
+    no_rope_layer_interval: Size = 4
+    no_rope_layers: list[Literal[0, 1]] | None = None  # 1: turns, in spite of the name
+
+    def unturned(self) -> frozenset[int]:
+        layers, turned = range(self.num_hidden_layers), self.no_rope_layers
+        if turned is None:
+            return frozenset(layer for layer in layers if (layer + 1) % self.no_rope_layer_interval == 0)
+        if len(turned) < len(layers):
+            raise ValueError(f"no_rope_layers lists {len(turned)} layers of num_hidden_layers={len(layers)}; list each")
+        return frozenset(layer for layer in layers if not turned[layer])
+
+    def full(self) -> Iterable[int]:
+        return set(range(self.num_hidden_layers)) - self.unturned()
+
+    def facts(self) -> Facts:
+        return {**super().facts(), "unturned_layers": self.unturned()}
 
 
 def _smollm3_keys(architecture: Architecture) -> Keys:
@@ -195,28 +218,22 @@ def _smollm3_keys(architecture: Architecture) -> Keys:
     return {"no_rope_layers": turned, **_bias_keys(architecture), **_window_keys(architecture)}
 
 
-_smollm3 = Family(
-    "SmolLM3ForCausalLM",
-    _LLAMA,
-    _smollm3_facts,
-    _smollm3_keys,
-    {
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-        "rope_theta": 2000000.0,
-        "no_rope_layer_interval": 4,
-    },
-)
+_smollm3 = Family("SmolLM3ForCausalLM", _LLAMA, _SmolLM3, _smollm3_keys)
 
 
 # --- GPT-NeoX, Pythia: LayerNorm, a plain MLP, attention and MLP side by side, heads that turn in part, fused q, k, v
 
 
-def _neox_facts(config: ConfigJson) -> Facts:
-    attention = _ATTENTION if config.flag("attention_bias") else frozenset()
-    parallel = config.flag("use_parallel_residual")
-    return {"norm": "layer", "mlp": "gelu", "parallel_residual": parallel, "biases": attention | {"up", "down"}}
+class _GPTNeoX(ConfigJson):
+    partial_rotary_factor: Number = 0.25
+    rms_norm_eps: Number = 1e-5
+    attention_bias: Flag = True
+    use_parallel_residual: Flag = True
+
+    def facts(self) -> Facts:
+        biases = {"up", "down"} | (_ATTENTION if self.attention_bias else set())
+        parallel = self.use_parallel_residual
+        return {"norm": "layer", "mlp": "gelu", "parallel_residual": parallel, "biases": frozenset(biases)}
 
 
 def _neox_keys(architecture: Architecture) -> Keys:
@@ -227,9 +244,8 @@ def _neox_keys(architecture: Architecture) -> Keys:
 _gpt_neox = Family(
     "GPTNeoXForCausalLM",
     _NEOX,
-    _neox_facts,
+    _GPTNeoX,
     _neox_keys,
-    {"partial_rotary_factor": 0.25, "rms_norm_eps": 1e-5, "attention_bias": True, "use_parallel_residual": True},
     {
         "rms_norm_eps": "layer_norm_eps",
         "rope_theta": "rotary_emb_base",

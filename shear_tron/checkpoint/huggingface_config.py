@@ -8,22 +8,13 @@ from typing import Any
 import torch
 
 from shear_tron.architecture import Architecture, Rope
-from shear_tron.checkpoint.config_json import LONGEST_CONTEXT, MOST_LAYERS, ConfigJson
+from shear_tron.checkpoint.config_json import ConfigJson, RopeJson
 from shear_tron.checkpoint.families import FAMILIES, Family
 from shear_tron.checkpoint.safetensors_stream import read_json
 from shear_tron.reading import short
 from shear_tron.shape import Shape
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-# What transformers' LlamaConfig has where a file says nothing; a family's own come on top.
-_DEFAULTS = {
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 1.0,
-}
 
 # Keys that say of any model that its forward is none of ours, and why.
 _REFUSED_KEYS = {
@@ -69,68 +60,61 @@ def _architecture(path: Path, values: Mapping[str, Any]) -> Architecture:
         why = f" ({_REFUSED_TYPES[kind]})" if isinstance(kind, str) and kind in _REFUSED_TYPES else ""
         raise ValueError(f"{path}: model_type={short(kind)} is not supported{why}; use one of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
-    config = ConfigJson(
-        path, values, {**_DEFAULTS, "hidden_act": family.activation, **family.defaults}, family.spelling
-    )
-    act = config.get("hidden_act")
-    if act != family.activation and (act, family.activation) != ("swish", "silu"):
-        raise config.error(f"hidden_act={short(act)} is not supported; use a {kind} model with {family.activation!r}")
-    shape = _shape(config)
-    return Architecture(
-        shape,
-        _rope(config, family, shape.head_dim),
-        norm_eps=config.number("rms_norm_eps"),
-        context=config.size("max_position_embeddings", most=LONGEST_CONTEXT),
-        family=kind,
-        **family.facts(config),
-    )
+    try:
+        config = family.config.of(values, family.spelling)
+        act = config.hidden_act or family.activation
+        if act != family.activation and (act, family.activation) != ("swish", "silu"):
+            raise ValueError(f"hidden_act={short(act)} is not supported; use a {kind} model with {family.activation!r}")
+        shape = _shape(config)
+        rope = _rope(config, family, shape.head_dim)
+        return Architecture(
+            shape,
+            rope,
+            norm_eps=config.rms_norm_eps,
+            context=config.max_position_embeddings,
+            family=kind,
+            **config.facts(),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _shape(config: ConfigJson) -> Shape:
-    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    if config.get("head_dim") is None and hidden % heads:
-        raise config.error(f"hidden_size={hidden} is no multiple of num_attention_heads={heads}; set head_dim")
-    sizes = {
-        "hidden": hidden,
-        "layers": config.size("num_hidden_layers", most=MOST_LAYERS),
-        "heads": heads,
-        "kv_heads": config.size("num_key_value_heads", heads),
-        "head_dim": config.size("head_dim", hidden // heads),
-        "ffn": config.size("intermediate_size"),
-        "vocab": config.size("vocab_size"),
-    }
-    try:
-        return Shape(**sizes, tied=config.flag("tie_word_embeddings"))
-    except ValueError as error:
-        raise config.error(str(error)) from None
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if config.head_dim is None and hidden % heads:
+        raise ValueError(f"hidden_size={hidden} is no multiple of num_attention_heads={heads}; set head_dim")
+    return Shape(
+        hidden,
+        config.num_hidden_layers,
+        heads,
+        config.num_key_value_heads or heads,
+        config.head_dim or hidden // heads,
+        config.intermediate_size,
+        config.vocab_size,
+        tied=config.tie_word_embeddings,
+    )
 
 
 def _rope(config: ConfigJson, family: Family, head_dim: int) -> Rope:
     """Rotary parameters: ``rope_parameters`` of transformers 5, or single keys and ``rope_scaling`` before it."""
-    outer = {"rope_theta": config.number("rope_theta"), "partial_rotary_factor": config.number("partial_rotary_factor")}
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    values = config.inner(key, **outer)
-    if any(isinstance(value, dict) for value in values.values.values()):
-        raise config.error(f"{key} by kind of layer is not supported; use a model with one for all layers")
-    theta, share = values.number("rope_theta"), values.number("partial_rotary_factor")
+    found = config.rope_scaling or config.rope_parameters or RopeJson()
+    theta = found.rope_theta or config.rope_theta
+    share = found.partial_rotary_factor or config.partial_rotary_factor
     if share != 1 and not (family.partial_rotary and share < 1 and int(head_dim * share) % 2 == 0):
-        raise config.error(
-            f"{config.name('partial_rotary_factor')}={share} of head_dim={head_dim} is not supported; use a model that "
-            "turns whole heads, or (GPT-NeoX) an even number of entries"
+        key = family.spelling.get("partial_rotary_factor", "partial_rotary_factor")
+        raise ValueError(
+            f"{key}={share} of head_dim={head_dim} is not supported; use a model that turns whole heads, or (GPT-NeoX) "
+            "an even number of entries"
         )
-    kind = values.get("rope_type") or values.get("type") or "default"
-    if kind == "default":
+    if found.rope_type == "default":
         return Rope(theta=theta, share=share)
-    if kind != "llama3":
-        raise config.error(f"rope_type={short(kind)} is not supported; use a model with 'default' or 'llama3'")
-    return Rope(
-        theta=theta,
-        factor=values.number("factor"),
-        low_freq_factor=values.number("low_freq_factor"),
-        high_freq_factor=values.number("high_freq_factor"),
-        original_context=values.size("original_max_position_embeddings", most=LONGEST_CONTEXT),
-        share=share,
-    )
+    stretched: dict[str, Any] = {
+        "factor": found.factor,
+        "low_freq_factor": found.low_freq_factor,
+        "high_freq_factor": found.high_freq_factor,
+        "original_context": found.original_max_position_embeddings,
+    }
+    return Rope(theta=theta, share=share, **stretched)
 
 
 def architecture_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-
 
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.atomic import atomic
+from shear_tron.reading import in_one_line
 
 
 class Remote:
@@ -111,7 +112,3 @@ def fetch_latest(remote: Remote, run: Path) -> int | None:
         return steps[-1]
     except Exception as error:  # each file system has errors of its own
         raise ValueError(f"{remote.url} cannot be fetched from: {in_one_line(error)}") from None
-
-
-def in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

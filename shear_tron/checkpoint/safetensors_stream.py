@@ -7,7 +7,7 @@ bytes of header length, little-endian; a JSON header with each tensor's dtype, s
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,7 +21,8 @@ from shear_tron import reading
 from shear_tron.reading import short
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_CODES = {dtype: code for code, dtype in {**DTYPES, **_INTEGERS, "BOOL": torch.bool}.items()}
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -92,9 +93,33 @@ def _header(path: Path) -> dict[str, Entry]:
         return {name: Entry(path, name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
+def header(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """What comes before the tensors of a file, which follow one another in this order; and the byte of each's begin."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begins, end = {}, 0
+    for name, (dtype, size) in tensors.items():
+        begins[name], end = end, end + prod(size) * dtype.itemsize
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(size), "data_offsets": [begins[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + begin for name, begin in begins.items()}
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. By one pass; `tensor.isfinite()` makes several tensors of this size."""
+    return not tensor.numel() or bool(_extremes(tensor).isfinite().all())
+
+
+def _extremes(tensor: Tensor) -> Tensor:
+    """Least and greatest value; NaN where there is one."""
+    return torch.stack(tensor.detach().aminmax())
+
+
 def storable(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor on the CPU in ``dtype``; ValueError where a value is not finite, or not any more."""
-    extremes = torch.stack(tensor.detach().aminmax())  # of one pass; NaN where there is one
+    extremes = _extremes(tensor)
     if not bool(extremes.isfinite().all()):
         raise ValueError(f"{name} holds NaN or infinite values, and nothing like that is written")
     if not bool(extremes.to(dtype).isfinite().all()):  # rounding keeps the order
@@ -110,7 +135,7 @@ class Writer:
     """
 
     def __init__(self, folder: Path, sizes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: float):
-        if dtype not in _CODES:
+        if dtype not in DTYPES.values():
             raise ValueError(f"dtype={dtype} is not a weight's type; use float32, bfloat16, float16 or float64")
         self._sizes, self._dtype, self._written = sizes, dtype, set[str]()
         shards: list[dict[str, int]] = [{}]  # name -> bytes
@@ -133,22 +158,11 @@ class Writer:
 
     def _begin(self, path: Path, lengths: Mapping[str, int]) -> None:
         """Write the header of a file and make the file as long as it will be."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, length in lengths.items():
-            begin, end = end, end + length
-            header[name] = {
-                "dtype": _CODES[self._dtype],
-                "shape": list(self._sizes[name]),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-        for name in lengths:
-            self._places[name] = (path, 8 + len(text) + header[name]["data_offsets"][0])
+        text, begins = header({name: (self._dtype, self._sizes[name]) for name in lengths}, {"format": "pt"})
+        self._places |= {name: (path, begin) for name, begin in begins.items()}
         with path.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
+            file.write(text)
+            file.truncate(len(text) + sum(lengths.values()))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one tensor in its place, in this writer's dtype."""

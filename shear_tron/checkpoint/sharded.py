@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import Tensor
 
+from shear_tron.checkpoint.safetensors_stream import is_finite
 from shear_tron.files import sha256
 from shear_tron.parallel.agree import AgreedError, require_all
-from shear_tron.reading import read_json
+from shear_tron.reading import in_one_line, read_json
 
 FOLDER, PROGRESS = "checkpoints", "progress.json"
 _NAME = re.compile(r"step-[0-9]{8}")
@@ -98,7 +99,7 @@ def progress(checkpoint: Path) -> Progress:
         if seal != _seal(content):
             raise ValueError("it does not have its sha256")
     except (ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error)
         raise ValueError(f"{file} cannot be read ({reason}); the checkpoint is damaged, use an earlier one") from None
     if path(Path(), found.step).name != checkpoint.name:
         raise ValueError(f"{checkpoint} holds step {found.step}; give the folder its own name back")
@@ -128,17 +129,17 @@ def verify(checkpoint: Path, first: int = 0, step: int = 1) -> None:
             )
 
 
-def require_finite(tensors: Mapping[str, Tensor], consequence: str) -> None:
-    """AgreedError on all ranks where a tensor of any rank holds NaN or infinity. Collective."""
+def parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of each: of DTensors the local tensor, of others all of it."""
     from torch.distributed.tensor import DTensor  # half a second that `show`, which only looks for checkpoints, saves
 
-    problem = None
-    for name, tensor in tensors.items():
-        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if not bool(part.isfinite().all()):
-            problem = f"{consequence}: {name} holds NaN or infinite values"
-            break
-    require_all(problem)
+    return {name: each.to_local() if isinstance(each, DTensor) else each for name, each in tensors.items()}
+
+
+def require_finite(tensors: Mapping[str, Tensor], consequence: str) -> None:
+    """AgreedError on all ranks where a tensor of any rank holds NaN or infinity. Collective."""
+    broken = next((name for name, part in parts(tensors).items() if not is_finite(part)), None)
+    require_all(None if broken is None else f"{consequence}: {broken} holds NaN or infinite values")
 
 
 def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 
 from shear_tron.data.tokenizer import fingerprint
 from shear_tron.files import sha256, write_atomically
-from shear_tron.reading import read_json, short
+from shear_tron.reading import in_one_line, read_json, short
 
 FILE = "domains.json"
 FORMAT = 1
@@ -104,8 +104,7 @@ class Manifest:
             # strict, as JSON: no number is made of a text
             manifest = TypeAdapter(cls).validate_json(json.dumps({**content, "folder": folder}), strict=True)
         except ValueError as error:
-            reason = _first(error) if isinstance(error, ValidationError) else str(error)
-            raise ValueError(f"{file} is damaged ({reason}); run `shear-tron prepare` again") from None
+            raise ValueError(f"{file} is damaged ({in_one_line(error)}); run `shear-tron prepare` again") from None
         manifest._check_model(tokenizer, vocab)
         for shard in manifest.shards():
             manifest._check_size(shard)
@@ -182,9 +181,3 @@ class Manifest:
         """Raise ValueError unless every domain is there and has tokens to train on."""
         for name in names:
             self.domain(name)
-
-
-def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
-    problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))}={short(problem['input'])}: {problem['msg']}"

@@ -20,7 +20,7 @@ from shear_tron.data.sampler import held_out
 from shear_tron.files import write_atomically
 from shear_tron.hub import located
 from shear_tron.progress import bar
-from shear_tron.reading import parse_yaml, read_text
+from shear_tron.reading import in_one_line, parse_yaml, read_text
 
 log = getLogger(__name__)
 
@@ -144,9 +144,8 @@ def _read(path: str) -> dict[FiniteFloat, dict[str, FiniteFloat]]:
     try:
         return TypeAdapter(dict[FiniteFloat, dict[str, FiniteFloat]]).validate_python(parse_yaml(read_text(path), path))
     except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"losses={path} cannot be read ({reason}); it must be {{parameters: {{domain: loss}}}}"
+            f"losses={path} cannot be read ({in_one_line(error)}); it must be {{parameters: {{domain: loss}}}}"
         ) from None
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from shear_kernels.sampling import WHOLE
@@ -22,7 +22,7 @@ from shear_kernels.sampling import WHOLE
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.permutation import Integers
 from shear_tron.files import sha256, write_atomically
-from shear_tron.reading import read_json, short
+from shear_tron.reading import in_one_line, read_json, short
 
 FILE = "cache.json"
 FORMAT = 1
@@ -82,11 +82,9 @@ class Cache:
             if (found := content.pop("format", None)) != FORMAT:
                 raise ValueError(f"format={short(found)}, not {FORMAT}")
             self.facts = TypeAdapter(Facts).validate_python(content)
-        except ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"]))
-            raise ValueError(f"{self.folder / FILE} is damaged ({where}); delete {folder} and fill it again") from None
         except ValueError as error:
-            raise ValueError(f"{self.folder / FILE} is damaged ({error}); delete {folder} and fill it again") from None
+            reason = in_one_line(error)
+            raise ValueError(f"{self.folder / FILE} is damaged ({reason}); delete {folder} and fill it again") from None
         self._places = {name: self._read_places(name) for name in self.facts.domains}
 
     @classmethod

@@ -20,7 +20,7 @@ from shear_tron.data.tokens import document_ends
 from shear_tron.parallel.topology import Layout, choose_device
 from shear_tron.pruning.make import make_method
 from shear_tron.pruning.rotate import Turned
-from shear_tron.reading import parse_yaml, read_text
+from shear_tron.reading import in_one_line, parse_yaml, read_text
 from shear_tron.shape import Shape
 from shear_tron.train import viewers
 from shear_tron.train.cache import Cache
@@ -219,7 +219,7 @@ def _references(given: dict[str, float] | str | None) -> dict[str, float] | None
         return TypeAdapter(dict[str, FiniteFloat]).validate_python(parse_yaml(read_text(given), given))  # JSON is YAML
     except ValueError as error:
         raise ConfigError(
-            f"data.reference_losses={given} cannot be read ({' '.join(str(error).split())[:200]}); give a JSON or YAML "
+            f"data.reference_losses={given} cannot be read ({in_one_line(error)}); give a JSON or YAML "
             "file of losses by domain, such as a pruning run's reference_losses.json, or `source`"
         ) from None
 

@@ -1,5 +1,7 @@
 """Law 5: saved in one layout and loaded in another is never saved: every tensor is the same, to the bit."""
 
+import resource
+import tracemalloc
 from contextlib import closing
 from math import prod
 from pathlib import Path
@@ -124,6 +126,45 @@ def test_one_process_reads_whole_tensors_of_any_layout(saved: list[str], name: s
         reader = sharded.Reader(checkpoint_of(folder, name))
         for key, weight in expected.items():
             assert torch.equal(reader.read(key), weight), (folder, key)
+
+
+def save_large(folder: str) -> tuple[int, int]:
+    """32 MB, a second time in the background: the most that Python held for it, and bytes of fresh memory."""
+    start(Layout(), torch.device("cpu"))
+    with closing(Checkpointer(Path(folder), keep=1, background=True)) as checkpointer:
+        checkpointer.save(1, {"a": torch.ones(8 << 20)}, {})
+        checkpointer.wait()
+        tracemalloc.start()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        checkpointer.save(2, {"a": torch.ones(8 << 20)}, {})
+        checkpointer.wait()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        return tracemalloc.get_traced_memory()[1], faults * resource.getpagesize()
+
+
+def test_a_save_copies_once_and_into_the_same_memory(tmp_path: Path) -> None:
+    """Neither the file's bytes nor fresh pages: what training waits for is the copy alone."""
+    large = 32 << 20  # of these, the tensor that is saved second is fresh too
+    ((held, touched),) = run(1, save_large, str(tmp_path))
+    assert held < large / 4
+    assert touched < 1.5 * large
+
+
+def save_any_type(folder: str) -> list[str]:
+    start(Layout(), torch.device("cpu"))
+    types = (torch.bool, torch.bfloat16, torch.float64, torch.int64, torch.float16, torch.uint8, torch.float32)
+    found = {str(dtype): (torch.arange(5) % 2).to(dtype) for dtype in types}
+    found |= {"none": torch.empty(0, 3), "one": torch.tensor(3.0), "turned": torch.arange(6.0).view(2, 3).T}
+    found["large"] = torch.full((4,), 3e38)  # finite, though their sum is not
+    with closing(Checkpointer(Path(folder), keep=1)) as checkpointer:
+        checkpointer.save(1, found, {})
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in found.items()}
+    sharded.load(sharded.path(Path(folder), 1), loaded)
+    return [name for name in found if not torch.equal(found[name], loaded[name])]
+
+
+def test_tensors_of_any_type_and_size_come_back(tmp_path: Path) -> None:
+    assert run(1, save_any_type, str(tmp_path)) == [[]]
 
 
 def test_a_checkpoint_that_is_not_whole_is_refused(saved: list[str], tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ class Fields:
 
 _ABSENT = object()
 DAMAGED = object()  # stands for a record that could not be read
-LONGEST = 256 << 20  # bytes of a line, or of a text file, decompressed; 13 MB of .gz can unfold to gigabytes
+LONGEST = 256 << 20  # bytes of a line, a row or a text file, decompressed; 13 MB of .gz can unfold to gigabytes
+AT_ONCE = 16 << 20  # bytes of Parquet rows decompressed at once, about, and
+MOST_ROWS = 64  # of them, whatever the file says of their size
 
 
 def _dig(record: Any, name: str) -> Any:
@@ -155,13 +157,29 @@ def _jsonl(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
 def _parquet(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
     import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
-    with fsspec.open(piece.path, "rb") as stream, parquet.ParquetFile(stream) as table:
-        columns = set(fields.columns()) & set(table.schema_arrow.names)
+    # Neither whole row groups nor those to come are held.
+    streamed = {"pre_buffer": False, "buffer_size": 4 << 20}
+    with fsspec.open(piece.path, "rb") as stream, parquet.ParquetFile(stream, **streamed) as table:
+        columns = sorted(set(fields.columns()) & set(table.schema_arrow.names))
         if fields.text.split(".")[0] not in columns:
             fields.pick(dict.fromkeys(table.schema_arrow.names), f"parquet file {piece.path}")
-        for batch in table.iter_batches(batch_size=1000, columns=sorted(columns)):
-            for record in batch.to_pylist():
-                yield fields.pick(record, f"a row of {piece.path}")
+        for number in range(table.num_row_groups):
+            group = table.metadata.row_group(number)
+            mean = max(1, group.total_byte_size // max(1, group.num_rows))
+            size = max(1, min(AT_ONCE // mean, MOST_ROWS))
+            for batch in table.iter_batches(batch_size=size, row_groups=[number], columns=columns):
+                yield from _rows(batch, fields, piece)
+
+
+def _rows(batch: Any, fields: Fields, piece: Piece) -> Iterator[str | object | None]:
+    """Of an Arrow batch; a row beyond ``LONGEST`` bytes counts as damaged."""
+    parts = [batch] if batch.nbytes <= LONGEST else (batch.slice(row, 1) for row in range(len(batch)))
+    for part in parts:
+        if part.nbytes > LONGEST:
+            yield DAMAGED
+            continue
+        for record in part.to_pylist():
+            yield fields.pick(record, f"a row of {piece.path}")
 
 
 def _datasets(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
@@ -171,8 +189,7 @@ def _datasets(piece: Piece, fields: Fields) -> Iterator[str | object | None]:
     with pyarrow.memory_map(piece.path) as stream, pyarrow.ipc.open_stream(stream) as table:
         for batch in table:
             columns = [name for name in fields.columns() if name in batch.schema.names] or batch.schema.names
-            for record in batch.select(columns).to_pylist():
-                yield fields.pick(record, f"a row of {piece.path}")
+            yield from _rows(batch.select(columns), fields, piece)
 
 
 def _text(piece: Piece, fields: Fields) -> Iterator[str | object | None]:

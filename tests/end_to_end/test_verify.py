@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run
 
 from shear_tron import cli
 from shear_tron.architecture import Architecture
@@ -116,13 +117,13 @@ def test_folders_are_not_confused(
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "file").write_text("")
     train = ["train", str(world / "prune.yaml"), *STEPS]
-    for run, message in (
+    for folder, message in (
         (world / "model", "is model too; give a folder of its own"),
         (world / "data", "is data.folder too"),
         ("''", "run is empty"),
         (tmp_path / "file", "is a file"),
     ):
-        assert cli.main([*train, f"run={run}"]) == 2
+        assert cli.main([*train, f"run={folder}"]) == 2
         assert message in capsys.readouterr().err
     assert cli.main([*train, f"run={tmp_path}/run", f"checkpoint.upload=file://{tmp_path}/run"]) == 2
     assert "is the run's own folder" in capsys.readouterr().err
@@ -163,6 +164,41 @@ def test_a_run_without_a_checkpoint_binds_nobody(world: Path, tmp_path: Path) ->
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("half a con")
     assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *STEPS]) == 0
+
+
+def on_ranks(arguments: list[str]) -> int:
+    """What torchrun does: the same command on every rank (which has joined the process group already)."""
+    import torch.distributed as dist
+
+    from shear_tron.parallel import topology
+
+    topology.world_size = dist.get_world_size
+    topology.stop = lambda: None
+    return cli.main(arguments)
+
+
+def final_state(folder: Path) -> dict[str, torch.Tensor]:
+    reader = sharded.Reader(sharded.latest(folder) or folder)
+    return {name: reader.read(name) for name in reader.sizes}
+
+
+@pytest.mark.parametrize("moments", ["false", "true"], ids=["weights", "moments"])
+def test_a_new_run_starts_from_another_in_any_layout(trained: Path, world: Path, tmp_path: Path, moments: str) -> None:
+    """A step at a rate of nothing: the other run's weights to the bit, and one process's moments up to rounding."""
+    settings = ["prune=null", "train.steps=1", "data.update_every=0", "optimizer.learning_rate=1e-30"]
+    settings += ["data.reference_losses=null", f"init_from={{run: {trained}, optimizer: {moments}}}"]
+    train = ["train", str(world / "prune.yaml"), *settings]
+    assert cli.main([*train, f"run={tmp_path}/one"]) == 0
+    before, one = final_state(trained), final_state(tmp_path / "one")
+    for name, layout in (("tp", ["parallel.tp=2"]), ("pp", ["parallel.pp=2"]), ("fsdp", [])):
+        assert run(2, on_ranks, [*train, f"run={tmp_path}/{name}", *layout]) == [0, 0]
+        found = final_state(tmp_path / name)
+        assert found.keys() == one.keys()
+        for key, tensor in found.items():
+            if key.startswith("adam."):
+                torch.testing.assert_close(tensor, one[key], rtol=1e-4, atol=1e-8)
+            else:
+                assert torch.equal(tensor, before[key]), key
 
 
 def test_a_new_run_starts_from_another(

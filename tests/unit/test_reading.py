@@ -100,6 +100,41 @@ def test_a_line_without_end_is_one_damaged_record(tmp_path: Path, monkeypatch: p
         list(documents.read(Piece(str(tmp_path / "x.txt")), "text", Fields("text")))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_row_without_end_is_one_damaged_record(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setattr(documents, "LONGEST", 1000)
+    file = str(tmp_path / f"x.{kind}")
+    table = pyarrow.table({"text": ["a", "x" * 5000, "b" * 900, "c"], "meta": [{"n": 1}] * 4})
+    if kind == "parquet":
+        parquet.write_table(table, file)
+    else:
+        with pyarrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    found = list(documents.read(Piece(file), "parquet" if kind == "parquet" else "datasets", Fields("text")))
+    assert found == ["a", documents.DAMAGED, "b" * 900, "c"]
+
+
+def test_large_rows_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    """64 MB in one row group, which is 130 KB of a file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    file = str(tmp_path / "x.parquet")
+    rows = [str(number) + "x" * (1 << 20) for number in range(64)]
+    pages = {"use_dictionary": False, "write_batch_size": 1}  # of a row each
+    parquet.write_table(pyarrow.table({"text": rows}), file, compression="zstd", **pages)
+    pool = pyarrow.proxy_memory_pool(pyarrow.default_memory_pool())
+    pyarrow.set_memory_pool(pool)
+    try:
+        assert sum(1 for _ in documents.read(Piece(file), "parquet", Fields("text"))) == 64
+    finally:
+        pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+    assert pool.max_memory() < 40 << 20
+
+
 def test_numbers_and_words_are_what_everybody_expects() -> None:
     assert parse_yaml("[1e-4, no, 'yes', true, 10]", "here") == [1e-4, "no", "yes", True, 10]
 

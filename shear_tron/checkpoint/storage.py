@@ -20,7 +20,8 @@ from torch.futures import Future
 
 from shear_tron.checkpoint.safetensors_stream import header
 
-CHUNK = 4 << 20  # bytes hashed, then written while the processor's caches have them
+SMALL = 64 << 10  # bytes of a tensor that is written together with others
+CHUNK = 4 << 20  # bytes hashed, and written while the processor's caches have them
 
 
 class Storage(HuggingFaceStorageWriter):
@@ -60,8 +61,16 @@ class Storage(HuggingFaceStorageWriter):
         return {"bytes": length, "sha256": digest.hexdigest()}
 
 
-def _chunks(text: bytes, parts: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    yield text
+def _chunks(text: bytes, parts: Mapping[str, Tensor]) -> Iterator[bytes | bytearray | memoryview]:
+    """A file's content in its order: small tensors together, large ones in pieces, which are not copied."""
+    together = bytearray(text)
     for part in parts.values():
         content = part.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        if len(content) <= SMALL and len(together) < CHUNK:
+            together += content
+            continue
+        if together:
+            yield together
+            together = bytearray()
         yield from (content[start : start + CHUNK] for start in range(0, len(content), CHUNK))
+    yield together

@@ -6,6 +6,8 @@
 import json
 import os
 import random
+import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,18 +116,23 @@ def test_damaged_input_is_read_or_refused_in_one_line(kind: str, share: float, t
     read()
     suffixes = {".yaml", ".json", ".safetensors"} if kind != "override" else {""}
     targets = [file for file in (tmp_path / kind).rglob("*") if file.is_file() and file.suffix in suffixes]
-    draw, told = random.Random(f"{kind} 1"), []
+    draw, told, slowest = random.Random(f"{kind} 1"), [], 0.0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KB
     for number in range(int(CASES * share)):
         file = targets[number % len(targets)]
         good = file.read_bytes()
         head = good[:4096]  # of safetensors, the header
         by_value = file.suffix == ".json" and draw.random() < 0.5
         file.write_bytes(swapped(good, draw) if by_value else damage(head, draw) + good[4096:])
+        began = time.process_time()
         try:
             read()
         except ValueError as error:  # anything else fails the test
             told.append(str(error))
         finally:
             file.write_bytes(good)
+        slowest = max(slowest, time.process_time() - began)
+    assert slowest < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 500_000
     assert len(told) > CASES * share * 0.3
     assert not [text[:300] for text in told if "\n" in text or len(text) > 3000]

@@ -199,7 +199,7 @@ def test_a_new_run_starts_from_another_in_any_layout(trained: Path, world: Path,
                 torch.testing.assert_close(tensor, one[key], rtol=1e-4, atol=1e-8)
             else:
                 assert torch.equal(tensor, before[key]), key
-    pruning = ["prune.warmup_steps=1", "train.steps=1", *settings[2:]]  # a run with masks starts from it too
+    pruning = [*STEPS, *settings[2:]]  # a run with masks starts from it too
     assert run(2, on_ranks, ["train", str(world / "prune.yaml"), f"run={tmp_path}/masks", *pruning]) == [0, 0]
     found = final_state(tmp_path / "masks")
     assert all(torch.equal(found[key], before[key]) for key in one if not key.startswith("adam."))

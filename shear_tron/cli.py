@@ -269,7 +269,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def reference_loss(arguments: argparse.Namespace) -> None:
     from shear_tron.config import load
-    from shear_tron.data.reference import ReferenceConfig, reference_losses
+    from shear_tron.use.reference import ReferenceConfig, reference_losses
 
     losses = reference_losses(load(ReferenceConfig, arguments.config, arguments.overrides))
     print(json.dumps({name: round(loss, 4) for name, loss in losses.items()}))

@@ -25,7 +25,7 @@ from shear_tron.config import ConfigError
 FILES = {
     "train": "shear_tron.train.config:RunConfig",
     "prepare": "shear_tron.data.prepare:PrepareConfig",
-    "reference-loss": "shear_tron.data.reference:ReferenceConfig",
+    "reference-loss": "shear_tron.use.reference:ReferenceConfig",
 }
 
 

@@ -7,6 +7,7 @@ for both cancels, and small differences show that two separate errors would hide
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from shear_tron.data.sampler import held_out
 from shear_tron.data.tokenizer import load
 from shear_tron.progress import bar
 from shear_tron.use.network import Network, open_network
+
+log = getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def compare(
     for model in models:
         if not is_nanotron(model):
             Manifest.read(data, tokenizer=model)
-    chosen = {name: held_out(manifest, name, sequence, windows) for name in manifest.domains}
+    chosen = {name: held_out(manifest, name, sequence, windows) for name in _held_out_domains(manifest)}
     lengths = _byte_lengths(next((model for model in models if not is_nanotron(model)), None))
     found: dict[str, dict[str, Tensor]] = {}
     told: dict[str, Any] = {}
@@ -80,6 +83,16 @@ def compare(
         differences[model] = {name: _pair(mean) for name, mean in [*pairs.items(), ("mean", _average(pairs))]}
     counts = {name: len(tokens) for name, tokens in chosen.items()}
     return {"data": data, "sequence": sequence, "windows": counts, "models": told, "differences": differences}
+
+
+def _held_out_domains(manifest: Manifest) -> list[str]:
+    """Those with held-out tokens; of the others the reader is told."""
+    found = [name for name, domain in manifest.domains.items() if domain.held_out]
+    if not found:
+        raise ValueError(f"no domain of {manifest.folder} has held-out tokens; prepare it with a held_out share")
+    if left := [name for name in manifest.domains if name not in found]:
+        log.warning("without held-out tokens, so not measured: %s", ", ".join(left))
+    return found
 
 
 @torch.inference_mode()

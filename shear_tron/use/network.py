@@ -12,6 +12,7 @@ from shear_tron.checkpoint.huggingface_config import architecture_config, family
 from shear_tron.checkpoint.model_folder import Model, is_nanotron, open_model
 from shear_tron.checkpoint.names import stored
 from shear_tron.hub import located
+from shear_tron.reading import in_one_line
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Network:
 
 
 def open_network(model: str, device: str = "auto") -> Network:
-    """float32 on the CPU, bfloat16 elsewhere. ValueError for what is no model."""
+    """float32 on the CPU, bfloat16 elsewhere. ValueError for what is no model, or cannot be read."""
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     network = load_transformers(model, torch.float32 if place.type == "cpu" else torch.bfloat16).to(place).eval()
     return Network(network.num_parameters(), lambda tokens: network(tokens).logits, place)
@@ -32,16 +33,22 @@ def open_network(model: str, device: str = "auto") -> Network:
 
 def load_transformers(model: str, dtype: torch.dtype) -> Any:
     """The model of a folder or Hub id, of whatever family transformers has."""
-    from transformers import AutoModelForCausalLM
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise ValueError("a model computes by transformers here; pip install 'shear-tron[transformers]'") from None
 
     folder = located(model, weights=True)
     if is_nanotron(folder):
         return _filled(open_model(folder), dtype)
     if not (Path(folder) / "config.json").exists():
         raise ValueError(f"{model} is no model (it has no config.json); give a Hugging Face folder or a Hub id")
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
+    except OSError as error:  # no safetensors, or cut short
+        raise ValueError(f"{model} cannot be opened ({in_one_line(error)}); pickled weights are never loaded") from None
 
 
 def _filled(model: Model, dtype: torch.dtype) -> Any:

@@ -28,7 +28,7 @@ ARROWS = {
     },
     "explain": {"config"},
     "report": {"config", "train"},
-    "use": {"hub", "progress", "data", "checkpoint"},
+    "use": {"files", "reading", "hub", "progress", "data", "checkpoint"},
     "arguments": {"explain"},  # to complete keys
     "forecast": {*NOUNS, "hub", "config", "data", "model", "parallel", "checkpoint", "train"},
     "cli": {"arguments", "forecast", "use", "config", "explain", "data", "parallel", "train", "checkpoint", "report"},

@@ -9,18 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter
 
-from shear_tron.data.manifest import Manifest
-from shear_tron.data.sampler import held_out
 from shear_tron.files import write_atomically
-from shear_tron.hub import located
-from shear_tron.progress import bar
 from shear_tron.reading import in_one_line, parse_yaml, read_text
+from shear_tron.use.compare import compare
 
 log = getLogger(__name__)
 
@@ -97,16 +93,17 @@ def predict(losses: Mapping[float, Mapping[str, float]], parameters: float) -> d
 class ReferenceConfig(BaseModel):
     """Where reference losses come from.
 
-    ``models`` are Hugging Face folders, measured on the held-out shards of ``folder``; ``losses`` is a YAML file
-    ``{parameters: {domain: loss}}`` of sizes that were measured elsewhere. With ``parameters`` the losses of all of
-    them predict a model of that size; without, there is one model, and its own losses are the references.
+    ``models`` (Hugging Face folders, nanotron checkpoints or Hub ids) are measured on the held-out shards of
+    ``folder``; ``losses`` is a YAML file ``{parameters: {domain: loss}}`` of sizes that were measured elsewhere. With
+    ``parameters`` the losses of all of them predict a model of that size; without, there is one model, and its own
+    losses are the references.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     parameters: int | None = Field(default=None, gt=0)  # of the target, embeddings included
     losses: str | None = None  # YAML file {parameters: {domain: loss}} of sizes measured elsewhere
-    models: list[str] = []  # Hugging Face folders or Hub ids to measure
+    models: list[str] = []  # to measure: Hugging Face folders, nanotron checkpoints or Hub ids
     folder: str | None = None  # made by `shear-tron prepare` with the models' tokenizer
     sequence: int = Field(default=2048, gt=0)  # tokens of a window
     windows: int = Field(default=64, gt=0)  # held-out windows per domain
@@ -123,7 +120,7 @@ def reference_losses(config: ReferenceConfig) -> dict[str, float]:
     for model in config.models:
         if config.folder is None:
             raise ValueError(f"models={config.models} are measured on prepared data; give its folder")
-        parameters, losses = measure(model, config)
+        parameters, losses = _measured(model, config)
         log.info("%s: %s parameters, %s", model, f"{parameters:,}", losses)
         table[parameters] = losses
     if not table:
@@ -149,41 +146,8 @@ def _read(path: str) -> dict[FiniteFloat, dict[str, FiniteFloat]]:
         ) from None
 
 
-def measure(model: str, config: ReferenceConfig) -> tuple[int, dict[str, float]]:
-    """(parameters, loss by domain) of a Hugging Face folder on held-out windows. Domains with none are left out."""
-    import torch
-
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise ValueError(
-            "measuring a model's losses needs transformers; pip install 'shear-tron[transformers]'"
-        ) from None
-
-    manifest = Manifest.read(str(config.folder), tokenizer=model)
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    folder = located(model, weights=True)
-    try:
-        network: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-        )
-    except OSError as error:  # no safetensors, or cut short
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{model} cannot be measured ({reason}); pickled weights are never loaded") from None
-    network = network.to(device).eval()
-    losses = {}
-    with torch.inference_mode(), bar(model, len(manifest.domains), "domains") as done:
-        for name in manifest.domains:
-            if not manifest.domains[name].held_out:
-                log.warning("domain %s has no held-out tokens and gets no reference loss", name)
-                continue
-            windows, total = held_out(manifest, name, config.sequence, config.windows), 0.0
-            for batch in torch.split(windows, config.batch):
-                logits = network(batch[:, :-1].to(device)).logits.flatten(0, 1).float()
-                total += float(
-                    torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten().to(device), reduction="sum")
-                )
-            losses[name] = total / (len(windows) * config.sequence)
-            done.update()
-    return network.num_parameters(), losses
+def _measured(model: str, config: ReferenceConfig) -> tuple[int, dict[str, float]]:
+    """(parameters, loss by domain) on held-out windows. Domains with none are left out."""
+    sizes = config.sequence, config.windows, config.batch
+    told = compare([model], str(config.folder), *sizes, config.device)["models"][model]
+    return told["parameters"], {name: row["loss"] for name, row in told["domains"].items()}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shear_tron.data.prepare import DomainSource, PrepareConfig, prepare
-from shear_tron.data.reference import Curve, ReferenceConfig, predict, reference_losses
 from shear_tron.data.sampler import held_out
+from shear_tron.use.reference import Curve, ReferenceConfig, predict, reference_losses
 
 from .test_data_prepare import TEXTS, tokenizer, write_jsonl
 

@@ -18,6 +18,7 @@ SMALL = 130
 MANY = 40  # evaluations: that many marks on a line hide it
 BILLIONS = "datum.value ? replace(format(datum.value, '~s'), 'G', 'B') : '0'"  # axis labels: 20k, 5B
 DASHES = [[1, 0], [6, 3], [2, 2], [9, 3, 2, 3], [4, 1]]
+STEP = alt.X("step:Q", title="pruning step", scale=alt.Scale(nice=False), axis=alt.Axis(tickMinStep=1))
 Figure: TypeAlias = Any  # an Altair chart of any sort
 Rows = list[dict[str, Any]]
 
@@ -144,8 +145,8 @@ def _sparsities(stage: Stage) -> dict[str, Figure]:
     top = 1.06 * max(
         line[f"{which}_{end.key}"] for line in stage.lines for end in ends for which in ("expected", "target")
     )
-    x = alt.X("step:Q", title="pruning step", scale=alt.Scale(nice=False))
     y = alt.Y("sparsity:Q", title=None, axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, top]))
+    tooltip = ["step:Q", alt.Tooltip("sparsity:Q", format=".1%")]
     panels = {}
     for end in ends:
         expected, wanted = (
@@ -157,9 +158,9 @@ def _sparsities(stage: Stage) -> dict[str, Figure]:
         if not missed:
             mark = {"shape": "circle", "size": 70, "style": "reached"}
         panels[end.kind] = alt.layer(
-            chart(wanted).mark_line(style="wanted", strokeDash=[2, 3], strokeWidth=1.5).encode(x=x, y=y),
-            chart(expected).mark_line().encode(x=x, y=y, tooltip=["step:Q", alt.Tooltip("sparsity:Q", format=".1%")]),
-            chart([expected[-1]]).mark_point(filled=True, opacity=1, **mark).encode(x=x, y=y),
+            chart(wanted).mark_line(style="wanted", strokeDash=[2, 3], strokeWidth=1.5).encode(x=STEP, y=y),
+            chart(expected).mark_line().encode(x=STEP, y=y, tooltip=tooltip),
+            chart([expected[-1]]).mark_point(filled=True, opacity=1, **mark).encode(x=STEP, y=y),
         ).properties(
             height=SMALL,
             title=alt.TitleParams(SPARSITIES[end.kind], subtitle=verdict(end, stage.finished).split(": ")),
@@ -187,7 +188,7 @@ def _multipliers(stage: Stage) -> dict[str, Figure]:
                 chart(rows)
                 .mark_line()
                 .encode(
-                    x=alt.X("step:Q", title="pruning step", scale=alt.Scale(nice=False)),
+                    x=STEP,
                     y=alt.Y("value:Q", title=f"{name} multiplier"),
                     color=_kind(stage),
                     strokeDash=alt.StrokeDash(
@@ -229,7 +230,6 @@ def _time(stage: Stage) -> Figure | None:
     ]
     if not rows:
         return None
-    x = alt.X("step:Q", title="pruning step", scale=alt.Scale(nice=False))
     y = alt.Y("share:Q", title="of a dense step", axis=alt.Axis(format="%"), scale=alt.Scale(zero=True))
     colour = alt.Color("what:N", title=None, sort=list(names.values()))
-    return chart(rows).mark_line().encode(x=x, y=y, color=colour).properties(height=HEIGHT)
+    return chart(rows).mark_line().encode(x=STEP, y=y, color=colour).properties(height=HEIGHT)

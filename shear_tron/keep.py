@@ -6,9 +6,10 @@ model. ``fold`` multiplies the values of the masks into the weights: always in e
 cheaper than masking activations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,13 @@ from shear_tron.transfer import sent
 Open = Mapping[str, npt.NDArray[np.bool_]]  # by kind: whether a unit's mask is not zero
 
 
+def _hide(keep: "KeepLayer | Keep", *mappings: str) -> None:
+    """Turn dicts into views of them, into which FSDP does not look: it walks all dicts and lists that a module is
+    called with, in search of tensors that want a gradient, which cost the host a twentieth of a step."""
+    for name in mappings:
+        object.__setattr__(keep, name, MappingProxyType(getattr(keep, name)))
+
+
 @dataclass(frozen=True)
 class KeepLayer:
     """What one layer keeps: sorted int64 indices, absent where it keeps all.
@@ -35,6 +43,9 @@ class KeepLayer:
     axes: Mapping[Dim, Tensor] = field(default_factory=dict)
     units: Mapping[Dim, Tensor] = field(default_factory=dict)
     left_out: bool = False  # the whole layer
+
+    def __post_init__(self) -> None:
+        _hide(self, "axes", "units")
 
     def to(self, device: torch.device) -> "KeepLayer":
         def moved(kept: Mapping[Dim, Tensor]) -> dict[Dim, Tensor]:
@@ -48,6 +59,17 @@ class KeepLayer:
         axes = [self.axes.get(dim) for dim in row.dims]
         part = _select(weight, axes, _scales(weight, row, folded, axes))
         return part.clone() if part is weight and self.copies else part
+
+    def select_joined(self, weights: Sequence[Tensor], rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
+        """The kept parts of matrices that read one input, each of which is cut (``cuts``), one under another in one
+        buffer; and how many rows each has there."""
+        kept = [self.axes.get(row.dims[0]) for row in rows]
+        counts = [len(weight if own is None else own) for weight, own in zip(weights, kept, strict=True)]
+        return shear_kernels.select_joined(weights, kept, self.axes.get(rows[0].dims[1])), counts
+
+    def cuts(self, row: Row) -> bool:
+        """Whether anything of the parameter of ``row`` is left out."""
+        return any(dim in self.axes for dim in row.dims)
 
     @property
     def copies(self) -> bool:
@@ -75,6 +97,9 @@ class Keep:
     hidden: Tensor | None
     layers: Mapping[int, KeepLayer]
     copies: bool = False
+
+    def __post_init__(self) -> None:
+        _hide(self, "layers")
 
     @classmethod
     def of(
@@ -193,7 +218,8 @@ def _scales(weight: Tensor, row: Row, masks: LayerMasks | None, axes: list[Tenso
     for dim in row.scaled_by - {Dim.LAYERS}:
         axis, value = row.dims.index(dim), masks.along(dim)
         if value is not None:
-            scales[axis] = value.repeat_interleave(lengths[axis] // len(value)).to(weight.device)  # a head: head_dim
+            entries = lengths[axis] // len(value)  # head_dim for a head
+            scales[axis] = (value if entries == 1 else value.repeat_interleave(entries)).to(weight.device)
     if Dim.LAYERS in row.scaled_by and masks.layer is not None:
         layer = masks.layer.to(weight.device)
         scales[0] = layer.expand(lengths[0]) if scales[0] is None else scales[0] * layer

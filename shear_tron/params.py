@@ -8,7 +8,7 @@ parameter is theirs to know (``shear_tron.checkpoint.names``).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from typing import Literal
 
@@ -35,7 +35,7 @@ class Row:
     where: Literal["first", "layer", "last"] = "layer"
     acts_on: Literal["tokens", "cut"] = "tokens"
 
-    @property
+    @cached_property
     def cut_axis(self) -> int | None:
         """The axis that tensor parallelism cuts, or None where every rank holds the whole."""
         return next((axis for axis, dim in enumerate(self.dims) if dim.is_cut), None)

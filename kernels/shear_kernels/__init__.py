@@ -12,6 +12,7 @@ is skipped. (The definitions give the derivative, which that clamp discards.)
 """
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -214,8 +215,7 @@ def select(
     if weight.dim() not in (1, 2) or (weight.dim() == 1 and not (columns is None and column_scale is None)):
         raise ValueError(f"weight of size {list(weight.shape)} has no such axes; use [n], or [n, m] with columns")
     for axis, (name, kept, scale) in enumerate((("row", rows, row_scale), ("column", columns, column_scale))):
-        if kept is not None and (kept.dtype != int64 or kept.dim() != 1):
-            raise ValueError(f"{name}s is {kept.dtype} of size {list(kept.shape)}; use int64 indices [kept]")
+        _require_indices(name, kept)
         if scale is not None and scale.shape != (size := weight.shape[axis : axis + 1] if kept is None else kept.shape):
             raise ValueError(
                 f"{name}_scale of size {list(scale.shape)} does not fit the kept {name}s; use {list(size)}"
@@ -229,6 +229,40 @@ def select(
     if backend == "reference" or compiler.is_compiling():
         return reference.select(weight, rows, columns, dtype, row_scale, column_scale)
     return gather_blocks.select(weight, rows, columns, dtype, row_scale, column_scale)
+
+
+def select_joined(
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    columns: Tensor | None = None,
+    dtype: dtype | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """``select`` of several weights that multiply one input, into one buffer, so that one product serves them: the
+    parts one under another, [kept rows of all, kept columns].
+
+    weights: each [n, m] with one m, device and dtype; rows: int64 indices of each, None for all. Each must be cut along
+    some axis."""
+    if {weight.shape[1:] for weight in weights} != {(shape := weights[0].shape)[1:]} or len(shape) != 2:
+        sizes = ", ".join(str(list(weight.shape)) for weight in weights)
+        raise ValueError(f"weights of sizes {sizes} do not join; use [n, m] with one m")
+    if columns is None and any(kept is None for kept in rows):
+        raise ValueError("a weight that keeps all its rows and columns is joined to others; multiply by it as it is")
+    for kept in rows:
+        _require_indices("row", kept)
+    _require_indices("column", columns)
+    if _uses_kernels(weights[0], backend):
+        from shear_kernels import gather
+
+        return gather.select_joined(weights, rows, columns, dtype)
+    if backend == "reference" or compiler.is_compiling():
+        return reference.select_joined(weights, rows, columns, dtype)
+    return gather_blocks.select_joined(weights, rows, columns, dtype)
+
+
+def _require_indices(name: str, kept: Tensor | None) -> None:
+    if kept is not None and (kept.dtype != int64 or kept.dim() != 1):
+        raise ValueError(f"{name}s is {kept.dtype} of size {list(kept.shape)}; use int64 indices [kept]")
 
 
 def vocab_cross_entropy(
@@ -266,6 +300,7 @@ __all__ = [
     "sample_teacher",
     "sampled_distillation",
     "select",
+    "select_joined",
     "vocab_cross_entropy",
     "vocab_distillation",
 ]

@@ -15,6 +15,7 @@ their gradients are asked for, the part is kept unscaled, so that no backward ne
 second pass, and a third, backward, sums in two stages.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -151,26 +152,36 @@ def _position(kept: Tensor | None, size: int) -> Tensor | None:
 
 
 def _fake_gather(
-    weight: Tensor, rows: Tensor | None, columns: Tensor | None,
+    weights: Sequence[Tensor], rows: Sequence[Tensor | None], columns: Tensor | None,
     row_scale: Tensor | None, column_scale: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    kept = [n if index is None else index.shape[0] for n, index in zip(weight.shape, (rows, columns), strict=True)]
-    return weight.new_empty(kept, dtype=dtype)
+    width = weights[0].shape[1] if columns is None else columns.shape[0]
+    return weights[0].new_empty(sum(_counts(weights, rows)), width, dtype=dtype)
 
 
 @torch_op(_fake_gather)
 def gather(
-    weight: Tensor, rows: Tensor | None, columns: Tensor | None,
+    weights: Sequence[Tensor], rows: Sequence[Tensor | None], columns: Tensor | None,
     row_scale: Tensor | None, column_scale: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    out = _fake_gather(weight, rows, columns, row_scale, column_scale, dtype)
-    if out.numel():
-        with torch.cuda.device_of(weight):
-            select_gather[_grid(*out.shape)](
-                weight, rows, columns, row_scale, column_scale, out, *out.shape, *weight.stride(),
-                ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
-            )  # fmt: skip
+    """The parts of weights of one width, one under another. row_scale: [kept rows of all]."""
+    out = _fake_gather(weights, rows, columns, row_scale, column_scale, dtype)
+    counts, first = _counts(weights, rows), 0
+    for weight, kept, count in zip(weights, rows, counts, strict=True):
+        piece = slice(first, first := first + count)
+        part, scale = out[piece], None if row_scale is None else row_scale[piece]
+        if part.numel():
+            with torch.cuda.device_of(weight):
+                select_gather[_grid(*part.shape)](
+                    weight, kept, columns, scale, column_scale, part, *part.shape, *weight.stride(),
+                    ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+                )  # fmt: skip
     return out
+
+
+def _counts(weights: Sequence[Tensor], rows: Sequence[Tensor | None]) -> list[int]:
+    """Kept rows of each weight."""
+    return [(weight if kept is None else kept).shape[0] for weight, kept in zip(weights, rows, strict=True)]
 
 
 def _fake_scatter(
@@ -228,39 +239,52 @@ def scale_gradients(
 
 
 class _Select(torch.autograd.Function):
-    """Keeps the part, not the weight, for the scales' gradients: FSDP lets a weight go after the forward."""
+    """Of one weight, or of several without scales. Keeps the part, not the weight, for the scales' gradients: FSDP lets
+    a weight go after the forward."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        weight: Tensor,
-        rows: Tensor | None,
+        rows: Sequence[Tensor | None],
         columns: Tensor | None,
         row_scale: Tensor | None,
         column_scale: Tensor | None,
         dtype: torch.dtype,
+        *weights: Tensor,
     ) -> Tensor:
         part = None
-        ctx.size, ctx.dtype = weight.shape, weight.dtype
-        if any(ctx.needs_input_grad[3:5]):
-            cut = rows is not None or columns is not None
-            part = gather(weight, rows, columns, None, None, weight.dtype) if cut else weight
-            out: Tensor = gather(part, None, None, row_scale, column_scale, dtype)
+        ctx.wholes = [(weight.shape, weight.dtype) for weight in weights]
+        ctx.counts = _counts(weights, rows)
+        if any(ctx.needs_input_grad[2:4]):
+            (part,) = weights
+            if rows[0] is not None or columns is not None:
+                part = gather(weights, rows, columns, None, None, part.dtype)
+            out: Tensor = gather([part], [None], None, row_scale, column_scale, dtype)
         else:
-            out = gather(weight, rows, columns, row_scale, column_scale, dtype)
-        ctx.save_for_backward(part, rows, columns, row_scale, column_scale)
+            out = gather(weights, rows, columns, row_scale, column_scale, dtype)
+        ctx.save_for_backward(part, columns, row_scale, column_scale, *rows)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        part, rows, columns, row_scale, column_scale = ctx.saved_tensors
-        dweight = drow = dcolumn = None
-        if ctx.needs_input_grad[0]:
-            dweight = scatter(dout, rows, columns, row_scale, column_scale, ctx.size, ctx.dtype)
+        part, columns, row_scale, column_scale, *rows = ctx.saved_tensors
+        drow = dcolumn = None
+        pieces = [dout] if len(rows) == 1 else dout.split(ctx.counts)
+        dweights = [
+            scatter(piece, kept, columns, row_scale, column_scale, *whole) if needed else None
+            for piece, kept, whole, needed in zip(pieces, rows, ctx.wholes, ctx.needs_input_grad[5:], strict=True)
+        ]
         if part is not None:
             drow, dcolumn = scale_gradients(part, row_scale, column_scale, dout)
-        return dweight, None, None, None if row_scale is None else drow, None if column_scale is None else dcolumn, None
+        return (
+            None,
+            None,
+            None if row_scale is None else drow,
+            None if column_scale is None else dcolumn,
+            None,
+            *dweights,
+        )
 
 
 def select(
@@ -278,5 +302,16 @@ def select(
     if weight.dim() == 1 or torch.float64 in dtypes:
         return gather_blocks.select(weight, rows, columns, dtype, *scales)
     row_scale, column_scale = (None if s is None else s.contiguous() for s in scales)
-    out: Tensor = _Select.apply(weight, rows, columns, row_scale, column_scale, dtype or weight.dtype)
+    out: Tensor = _Select.apply([rows], columns, row_scale, column_scale, dtype or weight.dtype, weight)
+    return out
+
+
+def select_joined(
+    weights: Sequence[Tensor], rows: Sequence[Tensor | None], columns: Tensor | None, dtype: torch.dtype | None
+) -> Tensor:
+    """``weight[rows][:, columns]`` of each weight, one under another: a launch for each, into one buffer."""
+    dtype = dtype or weights[0].dtype
+    if torch.float64 in (dtype, weights[0].dtype):
+        return gather_blocks.select_joined(weights, rows, columns, dtype)
+    out: Tensor = _Select.apply(rows, columns, None, None, dtype, *weights)
     return out

@@ -5,6 +5,7 @@ Arithmetic runs in the inputs' precision, or float32 where the inputs are 16 bit
 Every function is differentiable in every tensor argument.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -184,6 +185,16 @@ def select(
     part = weight if rows is None else weight[rows]
     part = part if columns is None else part[:, columns]
     return scaled(part, row_scale, column_scale).to(dtype or weight.dtype)
+
+
+def select_joined(
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    columns: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``select`` of weights [n, m] of one width m, the parts one under another. rows: those kept of each."""
+    return torch.cat([select(weight, kept, columns, dtype) for weight, kept in zip(weights, rows, strict=True)])
 
 
 def scaled(part: Tensor, row_scale: Tensor | None, column_scale: Tensor | None) -> Tensor:

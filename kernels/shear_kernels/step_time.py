@@ -63,7 +63,9 @@ def product(rows: int, size: tuple[int, int]) -> tuple[Work, Work]:
 def layer_parts(rows: int, sequence: int, layer: Layer, source: Layer | None = None) -> dict[str, tuple[Work, Work]]:
     """(forward, backward) of each part of a layer of ``rows`` tokens. ``source``: the layer whose weights it is cut
     from, in a compact step; the cut is read in float32 and written in 16 bits. Its masks lie in the weights, and its
-    hidden mask in the norms too, so that residual and norm are two passes where other steps have one."""
+    hidden mask in the norms too, so that residual and norm are two passes where other steps have one; weights that read
+    one input lie in one buffer, and what they hand back adds up within their products."""
+    added = Work(3 * 2 * rows * layer.hidden)  # two activations read, their sum written
     parts = {
         "matrix products": _sum(product(rows, size) for size in layer.matrices.values()),
         "attention": roofline.masked_attention(rows // sequence, sequence, layer.heads, layer.kv_heads, layer.head_dim),
@@ -72,12 +74,11 @@ def layer_parts(rows: int, sequence: int, layer: Layer, source: Layer | None = N
         "swiglu": roofline.masked_swiglu(rows, layer.ffn),
         "rope": roofline.rope(rows, layer.heads, layer.kv_heads, layer.head_dim),
     }
-    if source is not None:
-        added = Work(
-            3 * 2 * rows * layer.hidden
-        )  # read two, write one; backward autograd adds up two gradients likewise
+    if source is None:
+        parts["sums of gradients"] = Work(0), added + added + added  # from q, k and v, from gate and up
+    else:
         parts["norms"] = _sum([roofline.masked_rms_norm(rows, layer.hidden)] * 2)
-        parts["residual"] = _sum([(added, added)] * 2)
+        parts["residual"] = _sum([(added, added)] * 2)  # backward autograd adds up two gradients
         del parts["gated residual"]
         cuts = zip(source.matrices.values(), layer.matrices.values(), strict=True)
         parts["select and scatter"] = _sum(roofline.select(*whole, *kept, 2, MASTER_BYTES) for whole, kept in cuts)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shear_tron.architecture import Architecture, Rope
+from shear_tron.model.products import products
 from shear_tron.model.rope import rope_table
 
 
@@ -63,11 +64,8 @@ def attention(
     turn q and k. window: tokens that a query sees, itself included; None for all before it.
     """
 
-    def project(leaf: str) -> Tensor:
-        out = F.linear(x, weights[leaf], weights.get(f"{leaf}_bias"))
-        return out.view(-1, positions.time, out.shape[-1] // head_dim, head_dim)
-
-    q, k, v = project("q"), project("k"), project("v")
+    projected = products(x, weights, "q", "k", "v")
+    q, k, v = (out.view(-1, positions.time, out.shape[-1] // head_dim, head_dim) for out in projected)
     if "q_norm" in weights:
         q = shear_kernels.masked_rms_norm(q, weights["q_norm"], None, eps)
         k = shear_kernels.masked_rms_norm(k, weights["k_norm"], None, eps)

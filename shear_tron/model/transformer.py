@@ -28,6 +28,7 @@ from shear_tron.model.attention import Positions, attention
 from shear_tron.model.autograd import scatter_columns, skip_layer
 from shear_tron.model.context import DENSE, Context
 from shear_tron.model.mlp import mlp
+from shear_tron.model.products import gathered, together
 from shear_tron.model.readout import NEXT_TOKEN, Readout
 from shear_tron.model.split import Split
 from shear_tron.params import Row, by_leaf, layer_rows, rows
@@ -47,6 +48,7 @@ class Layer(nn.Module):
         if compiled:
             self._run = torch.compile(self._forward, fullgraph=True)
         self.rows = layer_rows(architecture)
+        self.together = together(self.rows)
         _register(self, self.rows)
 
     def forward(self, x: Tensor, positions: Positions, masks: LayerMasks, keep: KeepLayer | None = None) -> Tensor:
@@ -83,9 +85,15 @@ class Layer(nn.Module):
         else:
             folded, folded_whole = own, gate
             inner = gate = LayerMasks()
+        joined: dict[str, Tensor] = {}
+        for group in self.together:
+            joined |= gathered(w, keep, group)
         for row in self.rows:
+            if row.leaf in joined:
+                continue
             meets = folded if row.cut_axis is not None else folded_whole
             w[row.leaf] = keep.select(w[row.leaf], row, meets if Dim.LAYERS in row.scaled_by else None)
+        w |= joined
 
         def attend(normed: Tensor) -> Tensor:
             head_dim, eps = facts.shape.head_dim, facts.norm_eps

@@ -37,7 +37,8 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (exponentials.exponentials, (X, torch.tensor([3, -1, 0, 23, 5], device=DEVICE), torch.bfloat16)),
     (exponentials.exponentials, (X, torch.tensor([3, -1, 0, 23, 5], device=DEVICE), None)),
     (rotary.rotate, (Q, KV, ANGLE, ANGLE, False)),
-    (gather.gather, (X, KEPT, None, X[0, :2], None, torch.bfloat16)),
+    (gather.gather, ([X], [KEPT], None, X[0, :2], None, torch.bfloat16)),
+    (gather.gather, ([X, X[:3]], [KEPT, None], KEPT, None, None, FP32)),
     (gather.scatter, (X[:2], KEPT, None, None, X[0], SIZE, FP32)),
     (gather.scale_gradients, (X[:2], X[0, :2], X[0], X[2:4])),
 ]

@@ -145,6 +145,26 @@ def test_scales(scaled: str, axes: str, dtypes: tuple[torch.dtype, torch.dtype])
         torch.testing.assert_close(found, plain[name], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=lambda pair: f"{pair[0]}-{pair[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("axes", AXES)
+def test_joined_parts_lie_one_under_another(axes: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Of weights of different heights, one a view and one that keeps no row, to the bit."""
+    whole = normal(40, 1100, seed=1, dtype=dtypes[0])
+    weights = [whole[:19], normal(7, 1100, seed=2, dtype=dtypes[0]), whole[::2]]
+    weights = [weight.detach().requires_grad_() for weight in weights]
+    rows = [None if axes == "columns" else some(len(weight), 3) for weight in weights]
+    if axes == "both":
+        rows[1:] = [rows[1][:0], None]  # type: ignore[index]
+    columns = None if axes == "rows" else some(1100, 4)
+    ours = shear_kernels.select_joined(weights, rows, columns, dtypes[1], backend="triton")
+    plain = reference.select_joined(weights, rows, columns, dtypes[1])
+    dout = normal(*plain.shape, seed=9).to(dtypes[1])
+    assert ours.dtype == plain.dtype
+    assert torch.equal(ours, plain)
+    gradients = (torch.autograd.grad(out, weights, dout) for out in (ours, plain))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))
+
+
 def test_vectors_and_float64_are_exact() -> None:
     rows, columns = kept(9, 12, "both")
     assert_plain(normal(9, seed=1), rows, None, BF16)

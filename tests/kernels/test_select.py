@@ -45,6 +45,30 @@ def test_blocks_are_plain_indexing(
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("block", [64, 2**20])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(cut=cuts(), others=st.lists(st.integers(1, 40), max_size=2), dtypes=st.sampled_from(DTYPES))
+def test_blocks_join_like_the_definition(
+    block: int,
+    cut: tuple[int, int, list[int] | None, list[int] | None],
+    others: list[int],
+    dtypes: tuple[torch.dtype, torch.dtype | None],
+) -> None:
+    n, m, *lists = cut
+    kept, columns = (None if kept is None else torch.tensor(kept, dtype=torch.int64) for kept in lists)
+    weights = [torch.randn(size, m).to(dtypes[0]).requires_grad_() for size in (n, *others)]
+    rows = [kept, *(torch.arange(0, size, 2) if columns is None else None for size in others)]
+    plain = reference.select_joined(weights, rows, columns, dtypes[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather_blocks, "BLOCK", block)
+        ours = shear_kernels.select_joined(weights, rows, columns, dtypes[1])
+        assert ours.dtype == plain.dtype
+        assert torch.equal(ours, plain)
+        grad = torch.randn_like(plain)
+        found, expected = (torch.autograd.grad(out, weights, grad) for out in (ours, plain))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("block", [1, 64, 2**20])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(cut=cuts(), dtypes=st.sampled_from(DTYPES), scaled=st.sampled_from(["rows", "columns", "both"]))
@@ -155,6 +179,16 @@ def test_misfit_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         shear_kernels.select(torch.randn(size), rows, columns)
+
+
+def test_misfits_of_what_is_joined_are_named() -> None:
+    weight, rows = torch.randn(4, 3), torch.tensor([0, 2])
+    with pytest.raises(ValueError, match=r"weights of sizes \[4, 3\], \[3\] do not join; use \[n, m\] with one m"):
+        shear_kernels.select_joined([weight, weight[0]], [rows, rows])
+    with pytest.raises(ValueError, match="keeps all its rows and columns"):
+        shear_kernels.select_joined([weight, weight], [rows, None])
+    with pytest.raises(ValueError, match=r"rows is torch\.bool"):
+        shear_kernels.select_joined([weight, weight], [rows, rows > 0])
 
 
 def test_misfit_of_scales_is_named() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, get_args
+from unittest.mock import patch
 
 import shear_kernels
 import torch
@@ -82,6 +83,7 @@ def attention(m: ModelShape, sequence: int, closed: float, tokens: int) -> Probl
         rivals[f"{name} + multiply"] = backend(name)
         rivals[f"{name}, gate folded into o"] = _without_gate(name)
     rivals["kernel, no gate"] = _without_gate("triton")
+    rivals["kernel, descriptors"] = _with_descriptors
     rivals["torch.compile"] = torch.compile(reference.masked_attention)
     work = roofline.masked_attention(batch, sequence, m.heads, m.kv_heads, m.head_dim, True, 1 - closed)
     return Problem("masked_attention", m.name, sequence, closed, inputs, reference.masked_attention, rivals, work)
@@ -89,6 +91,14 @@ def attention(m: ModelShape, sequence: int, closed: float, tokens: int) -> Probl
 
 def _without_gate(name: Any) -> Rival:
     return lambda q, k, v, head_mask: shear_kernels.masked_attention(q, k, v, backend=name)
+
+
+def _with_descriptors(**tensors: Tensor) -> Tensor:
+    """The forward's keys and values by tensor-copy descriptors, where the device has them."""
+    from shear_kernels import attention as kernels  # which imports triton
+
+    with patch.object(kernels, "DESCRIPTORS", True):
+        return shear_kernels.masked_attention(**tensors, backend="triton")
 
 
 def swiglu(m: ModelShape, sequence: int, closed: float, tokens: int) -> Problem:

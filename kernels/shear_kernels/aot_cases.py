@@ -153,8 +153,9 @@ def _rope(dtype: str, heads: int, kv_heads: int, head_dim: int, turns: int) -> C
     return _case(rotary.rope_kernel, f"heads={heads}/{kv_heads} dim={turns}/{head_dim}", dtype, constants, set(), warps)
 
 
-def _attention(arch: int, dtype: str, head_dim: int, edges: bool = False) -> list[Case]:
-    name = f"dim={head_dim}{' edges' if edges else ''}"
+def _attention(arch: int, dtype: str, head_dim: int, edges: bool = False, descriptors: bool = False) -> list[Case]:
+    """With ``descriptors`` the forward alone, which knows them."""
+    name = f"dim={head_dim}{' edges' if edges else ''}{' descriptors' if descriptors else ''}"
     absent = set() if edges else {"starts", "ends"}
     found = []
     for kernel, function in (
@@ -172,8 +173,10 @@ def _attention(arch: int, dtype: str, head_dim: int, edges: bool = False) -> lis
             "BLOCK_M": size.m,
             "BLOCK_N": size.n,
         }
+        if kernel == "forward":
+            constants["DESCRIPTORS"] = descriptors
         found.append(_case(function, name, dtype, constants, absent, size.warps, size.stages))
-    return found
+    return found[:1] if descriptors else found
 
 
 def _delta(dtype: str, head_dim: int) -> Case:
@@ -243,6 +246,10 @@ def cases(arch: int) -> list[Case]:
     for head_dim in (32, 64, 96, 128):
         found += _attention(arch, "bf16", head_dim)
     found += _attention(arch, "bf16", 128, edges=True)
+    if arch >= 90:
+        for head_dim in (64, 128):
+            found += _attention(arch, "bf16", head_dim, descriptors=True)
+        found += _attention(arch, "bf16", 128, edges=True, descriptors=True)
     found += _attention(arch, "fp32", 64) + _attention(arch, "fp32", 128)
     found += [_delta("bf16", 128), _exponentials("bf16")]
     for weight, part in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")):

@@ -22,6 +22,10 @@ from shear_kernels.torch_op import nothing, torch_op
 
 WIDEST = 128  # head dimension
 DELTA_ROWS = 64  # queries a program of attention_delta takes
+DESCRIPTORS = False
+"""Whether the forward loads keys and values by tensor-copy descriptors where the device has them (compute capability 9
+and more). On sm_90 the loop has a seventh fewer instructions and nothing spills (kernels/bench/aot.csv); no GPU has
+run it, so it is off, and the benchmark measures both."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,17 @@ def _arch(x: Tensor) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
+
+
+def described(x: Tensor) -> bool:
+    """Whether descriptors of ``x`` [batch, time, heads, head_dim] are wanted and can be: all steps are 16 bytes."""
+    steps = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])]
+    return DESCRIPTORS and _arch(x) >= 90 and not any(step % 16 for step in steps)
+
+
+def _scratch(size: int, _alignment: int, _stream: int | None) -> Tensor:
+    """Device memory for a launch's descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _edges(cu_seqlens: Tensor | None, window: int | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -124,13 +139,16 @@ def attention(
     batch, time, heads, head_dim = q.shape
     out, log_sum = _fake_forward(q, k, v, gate, starts, ends, causal)
     size = blocks("forward", head_dim, q.element_size() == 2, _arch(q), starts is not None)
+    descriptors = described(k) and described(v)
+    if descriptors:
+        triton.set_allocator(_scratch)
     if q.numel():
         with torch.cuda.device_of(q):
             attention_forward[(triton.cdiv(time, size.m) * batch * heads,)](
                 q, k, v, gate, starts, ends, out, log_sum,
                 time, heads, heads // k.shape[2], math.log2(math.e) / math.sqrt(head_dim),
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                **_flags(q, gate, causal, starts), **_launched(size),
+                **_flags(q, gate, causal, starts), DESCRIPTORS=descriptors, **_launched(size),
             )  # fmt: skip
     return out, log_sum
 

@@ -33,6 +33,17 @@ def load_rows(base, first, rows, stride, CHECK: tl.constexpr, HEAD_DIM: tl.const
 
 
 @triton.jit
+def load_keys(source, first, rows, stride, CHECK: tl.constexpr, DESCRIPTORS: tl.constexpr, HEAD_DIM: tl.constexpr,
+              BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """``load_rows`` of a pointer, or of a descriptor, whose copies write zeros where there is nothing."""
+    if DESCRIPTORS:
+        tile = source.load([first, 0])
+    else:
+        tile = load_rows(source, first, rows, stride, CHECK, HEAD_DIM, BLOCK_D, BLOCK)
+    return tile
+
+
+@triton.jit
 def store_rows(base, first, rows, stride, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
     row, element = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
     at = base + tl.cast(first, tl.int64) * stride + row * stride + element
@@ -90,10 +101,10 @@ def allowed_pairs(row, column, time, row_start, row_end, CAUSAL: tl.constexpr, H
 def _forward_steps(
     acc, top, total, q_tile, k, v, low, high, row, row_start, row_end, time, k_stride, v_stride, scale_log2,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_EDGES: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     for start in range(low, high, BLOCK_N):
-        k_tile = load_rows(k, start, time, k_stride, MASKED, HEAD_DIM, BLOCK_D, BLOCK_N)
+        k_tile = load_keys(k, start, time, k_stride, MASKED, DESCRIPTORS, HEAD_DIM, BLOCK_D, BLOCK_N)
         score = dot(q_tile, tl.trans(k_tile))  # [M, N], unscaled: the scale is part of the exponent's multiply-add
         if MASKED:
             column = start + tl.arange(0, BLOCK_N)
@@ -108,7 +119,7 @@ def _forward_steps(
         p = tl.exp2(score * scale_log2 - origin[:, None])
         shrink = tl.exp2(top - origin)
         total = total * shrink + tl.sum(p, axis=1)
-        v_tile = load_rows(v, start, time, v_stride, MASKED, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v_tile = load_keys(v, start, time, v_stride, MASKED, DESCRIPTORS, HEAD_DIM, BLOCK_D, BLOCK_N)
         acc = acc * shrink[:, None] + dot(narrow(p, v_tile.dtype), v_tile)
         top = new_top
     return acc, top, total
@@ -122,6 +133,7 @@ def attention_forward(
     v_stride_batch, v_stride_time, v_stride_head,
     CAUSAL: tl.constexpr, HAS_GATE: tl.constexpr, HAS_EDGES: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(time, BLOCK_M)
     block, batch, head = block_and_head(blocks, heads)
@@ -137,6 +149,9 @@ def attention_forward(
     q += batch * q_stride_batch + head * q_stride_head
     k += batch * k_stride_batch + (head // group) * k_stride_head
     v += batch * v_stride_batch + (head // group) * v_stride_head
+    if DESCRIPTORS:
+        k = tl.make_tensor_descriptor(k, [time, HEAD_DIM], [k_stride_time, 1], [BLOCK_N, BLOCK_D])
+        v = tl.make_tensor_descriptor(v, [time, HEAD_DIM], [v_stride_time, 1], [BLOCK_N, BLOCK_D])
     if HAS_EDGES:
         starts += batch * time
         ends += batch * time
@@ -151,15 +166,15 @@ def attention_forward(
     if HAS_EDGES:
         acc, top, total = _forward_steps(
             acc, top, total, q_tile, k, v, low, left, row, row_start, row_end, time, k_stride_time, v_stride_time,
-            scale_log2, True, CAUSAL, HAS_EDGES, HEAD_DIM, BLOCK_D, BLOCK_N,
+            scale_log2, True, CAUSAL, HAS_EDGES, DESCRIPTORS, HEAD_DIM, BLOCK_D, BLOCK_N,
         )  # fmt: skip
     acc, top, total = _forward_steps(
         acc, top, total, q_tile, k, v, left, right, row, row_start, row_end, time, k_stride_time, v_stride_time,
-        scale_log2, False, CAUSAL, HAS_EDGES, HEAD_DIM, BLOCK_D, BLOCK_N,
+        scale_log2, False, CAUSAL, HAS_EDGES, DESCRIPTORS, HEAD_DIM, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     acc, top, total = _forward_steps(
         acc, top, total, q_tile, k, v, right, high, row, row_start, row_end, time, k_stride_time, v_stride_time,
-        scale_log2, True, CAUSAL, HAS_EDGES, HEAD_DIM, BLOCK_D, BLOCK_N,
+        scale_log2, True, CAUSAL, HAS_EDGES, DESCRIPTORS, HEAD_DIM, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     acc = acc / total[:, None]
     if HAS_GATE:

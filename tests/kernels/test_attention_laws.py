@@ -7,6 +7,7 @@ import pytest
 import shear_kernels
 import torch
 from kernel_law import DEVICE, DTYPES, MASKS, assert_lawful, assert_same_bits, gates, normal, run
+from shear_kernels import attention
 from torch import Tensor
 
 DOCUMENTS = {
@@ -184,3 +185,27 @@ def test_misfit_is_named(change: dict[str, Tensor], message: str) -> None:
     fit = {"q": torch.ones(1, 4, 4, 16), "k": torch.ones(1, 4, 2, 16), "v": torch.ones(1, 4, 2, 16)}
     with pytest.raises(ValueError, match=message):
         shear_kernels.masked_attention(**(fit | change), backend="triton")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("time", "head_dim", "documents"), [(75, 64, "none"), (67, 96, "inside rows")])
+def test_descriptors_load_what_pointers_load(
+    time: int, head_dim: int, documents: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, with rows beyond the sequence and elements beyond the head, keys and values in one buffer."""
+    q, k, v, mask = inputs(2, time, 4, 2, head_dim, "soft", dtype).values()
+    k, v = torch.cat((k, v), 2).split(2, 2)  # type: ignore[arg-type]
+    options = {"causal": documents == "none", "cu_seqlens": cumulative(DOCUMENTS[documents])}
+    plain = shear_kernels.masked_attention(q, k, v, mask, **options, backend="triton")
+    monkeypatch.setattr(attention, "DESCRIPTORS", True)
+    assert attention.described(k)
+    assert torch.equal(shear_kernels.masked_attention(q, k, v, mask, **options, backend="triton"), plain)
+
+
+def test_descriptors_want_steps_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal(2, 9, 2, 24, seed=1, dtype=torch.bfloat16)
+    assert not attention.described(x)  # not asked for
+    monkeypatch.setattr(attention, "DESCRIPTORS", True)
+    assert attention.described(x)
+    assert not attention.described(normal(2, 9, 2, 20, seed=1, dtype=torch.bfloat16))
+    assert not attention.described(normal(2, 9, 2, 25, seed=1, dtype=torch.bfloat16)[..., 1:])

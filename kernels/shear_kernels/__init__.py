@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal, get_args
 
-from torch import Tensor, compiler, dtype, float64, int64
+from torch import Tensor, compiler, dtype, float64
 
 from shear_kernels import cross_entropy, dense_attention, gather_blocks, reference
 from shear_kernels.cross_entropy import KEPT_BYTES, Reduce
@@ -215,7 +215,7 @@ def select(
     if weight.dim() not in (1, 2) or (weight.dim() == 1 and not (columns is None and column_scale is None)):
         raise ValueError(f"weight of size {list(weight.shape)} has no such axes; use [n], or [n, m] with columns")
     for axis, (name, kept, scale) in enumerate((("row", rows, row_scale), ("column", columns, column_scale))):
-        _require_indices(name, kept)
+        reference.require_indices(name, kept)
         if scale is not None and scale.shape != (size := weight.shape[axis : axis + 1] if kept is None else kept.shape):
             raise ValueError(
                 f"{name}_scale of size {list(scale.shape)} does not fit the kept {name}s; use {list(size)}"
@@ -248,9 +248,8 @@ def select_joined(
         raise ValueError(f"weights of sizes {sizes} do not join; use [n, m] with one m")
     if columns is None and any(kept is None for kept in rows):
         raise ValueError("a weight that keeps all its rows and columns is joined to others; multiply by it as it is")
-    for kept in rows:
-        _require_indices("row", kept)
-    _require_indices("column", columns)
+    for name, kept in [("column", columns), *(("row", kept) for kept in rows)]:
+        reference.require_indices(name, kept)
     if _uses_kernels(weights[0], backend):
         from shear_kernels import gather
 
@@ -258,11 +257,6 @@ def select_joined(
     if backend == "reference" or compiler.is_compiling():
         return reference.select_joined(weights, rows, columns, dtype)
     return gather_blocks.select_joined(weights, rows, columns, dtype)
-
-
-def _require_indices(name: str, kept: Tensor | None) -> None:
-    if kept is not None and (kept.dtype != int64 or kept.dim() != 1):
-        raise ValueError(f"{name}s is {kept.dtype} of size {list(kept.shape)}; use int64 indices [kept]")
 
 
 def vocab_cross_entropy(

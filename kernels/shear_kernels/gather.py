@@ -244,14 +244,9 @@ class _Select(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Sequence[Tensor | None],
-        columns: Tensor | None,
-        row_scale: Tensor | None,
-        column_scale: Tensor | None,
-        dtype: torch.dtype,
-        *weights: Tensor,
-    ) -> Tensor:
+        ctx: Any, rows: Sequence[Tensor | None], columns: Tensor | None,
+        row_scale: Tensor | None, column_scale: Tensor | None, dtype: torch.dtype, *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
         part = None
         ctx.wholes = [(weight.shape, weight.dtype) for weight in weights]
         ctx.counts = _counts(weights, rows)
@@ -269,36 +264,23 @@ class _Select(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         part, columns, row_scale, column_scale, *rows = ctx.saved_tensors
-        drow = dcolumn = None
         pieces = [dout] if len(rows) == 1 else dout.split(ctx.counts)
         dweights = [
             scatter(piece, kept, columns, row_scale, column_scale, *whole) if needed else None
             for piece, kept, whole, needed in zip(pieces, rows, ctx.wholes, ctx.needs_input_grad[5:], strict=True)
         ]
-        if part is not None:
-            drow, dcolumn = scale_gradients(part, row_scale, column_scale, dout)
-        return (
-            None,
-            None,
-            None if row_scale is None else drow,
-            None if column_scale is None else dcolumn,
-            None,
-            *dweights,
-        )
+        drow, dcolumn = (None, None) if part is None else scale_gradients(part, row_scale, column_scale, dout)
+        scales = None if row_scale is None else drow, None if column_scale is None else dcolumn
+        return None, None, *scales, None, *dweights
 
 
 def select(
-    weight: Tensor,
-    rows: Tensor | None,
-    columns: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-) -> Tensor:
+    weight: Tensor, rows: Tensor | None, columns: Tensor | None = None, dtype: torch.dtype | None = None,
+    row_scale: Tensor | None = None, column_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``weight[rows][:, columns] * row_scale[:, None] * column_scale`` in ``dtype``. weight: [n] or [n, m] of any
     strides; rows and columns are contiguous. Vectors and float64 take the plain way."""
-    scales = row_scale, column_scale
-    dtypes = [weight.dtype, dtype, *(s.dtype for s in scales if s is not None)]
+    dtypes = [weight.dtype, dtype, *(s.dtype for s in (scales := (row_scale, column_scale)) if s is not None)]
     if weight.dim() == 1 or torch.float64 in dtypes:
         return gather_blocks.select(weight, rows, columns, dtype, *scales)
     row_scale, column_scale = (None if s is None else s.contiguous() for s in scales)

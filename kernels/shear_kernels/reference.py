@@ -197,6 +197,12 @@ def select_joined(
     return torch.cat([select(weight, kept, columns, dtype) for weight, kept in zip(weights, rows, strict=True)])
 
 
+def require_indices(name: str, kept: Tensor | None) -> None:
+    """ValueError where ``kept`` is no list of units."""
+    if kept is not None and (kept.dtype != torch.int64 or kept.dim() != 1):
+        raise ValueError(f"{name}s is {kept.dtype} of size {list(kept.shape)}; use int64 indices [kept]")
+
+
 def scaled(part: Tensor, row_scale: Tensor | None, column_scale: Tensor | None) -> Tensor:
     """``part`` [n] or [n, m] with its rows times row_scale [n] and its columns times column_scale [m], in at least
     float32; itself where both are None."""

@@ -68,6 +68,6 @@ class _Products(torch.autograd.Function):
         parts = zip(grads, torch.split(weight, ctx.sizes), torch.split(dweight, ctx.sizes), strict=True)
         for number, (grad, part, dpart) in enumerate(parts):
             if number:
-                dx.addmm_(grad, part)
+                torch.addmm(dx, grad, part, out=dx)  # counted as operations, which `addmm_` is not
             torch.mm(grad.t(), x, out=dpart)
         return dx, dweight, torch.cat([grad.sum(0) for grad in grads]) if ctx.needs_input_grad[2] else None, None

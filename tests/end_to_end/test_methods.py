@@ -196,7 +196,7 @@ def test_a_run_learns_from_a_teacher_alike_in_every_layout(world: Path, tmp_path
         assert after["divergence"] == pytest.approx(before["divergence"], abs=2e-4)
     train(world, tmp_path / "plain", *settings[2:])
     plain = metrics.read(tmp_path / "plain")
-    assert plain[0]["loss"] == lines[0]["loss"]
+    assert plain[0]["loss"] == pytest.approx(lines[0]["loss"], rel=1e-6)  # of float32, by another op
     assert plain[-1]["loss"] != lines[-1]["loss"]
     assert "divergence" not in plain[0]
     assert lines[0]["flops"] == pytest.approx(plain[0]["flops"] * 4 / 3, rel=1e-6)  # one forward more

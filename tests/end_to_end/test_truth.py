@@ -62,10 +62,11 @@ def break_steps(chosen: set[int], patch: Any = setattr) -> None:
     patch(Engine, "train", broken)
 
 
-@pytest.mark.parametrize(("rate", "reason"), [("1e3", "the gradient norm is 0.0"), ("1e12", "loss is nan")])
+@pytest.mark.parametrize(("rate", "reason"), [("1e3", "the gradient norm is "), ("1e12", "loss is nan")])
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
     world: Path, tmp_path: Path, rate: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # At 1e3 the norm is 0.0 or NaN, as the processor rounds; which norms count: unit/test_health.
     wild = [f"optimizer.learning_rate={rate}", "train.steps=8", "checkpoint.every=1", *PLAIN]
     assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *wild]) == 1
     error = capsys.readouterr().err
@@ -169,8 +170,8 @@ def test_what_is_not_finite_is_not_extracted_or_exported(
             metadata = opened.metadata()
         tensors = load_file(file)
         tensors[broken].view(-1)[5] = torch.nan
-        save_file(tensors, file, metadata=metadata)
         progress = sharded.progress(checkpoint).model_dump()
+        save_file(tensors, file, metadata=metadata)
         progress["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         (checkpoint / sharded.PROGRESS).write_text(sharded.sealed(progress))
         capsys.readouterr()

@@ -148,7 +148,7 @@ def test_a_teacher_costs_memory_and_a_forward(
     monkeypatch.chdir(ROOT)
     config = "examples/sheared-llama/prune-1.3b.yaml"
     assert cli.main(["plan", config, "--gpus", "8", "distill.teacher=llama-2-7b"]) == 0
-    assert "with a teacher of 6.74 B" in capsys.readouterr().out
+    assert "with a teacher of 6.738 billion" in capsys.readouterr().out
     assert cli.main(["plan", config, "--gpus", "8", "distill.teacher=llama-2-7b", "distill.cache=samples"]) == 0
     assert "with a teacher" not in capsys.readouterr().out
 

@@ -280,7 +280,8 @@ def select(
 ) -> Tensor:  # fmt: skip
     """``weight[rows][:, columns] * row_scale[:, None] * column_scale`` in ``dtype``. weight: [n] or [n, m] of any
     strides; rows and columns are contiguous. Vectors and float64 take the plain way."""
-    dtypes = [weight.dtype, dtype, *(s.dtype for s in (scales := (row_scale, column_scale)) if s is not None)]
+    scales = row_scale, column_scale
+    dtypes = [weight.dtype, dtype, *(s.dtype for s in scales if s is not None)]
     if weight.dim() == 1 or torch.float64 in dtypes:
         return gather_blocks.select(weight, rows, columns, dtype, *scales)
     row_scale, column_scale = (None if s is None else s.contiguous() for s in scales)

@@ -90,9 +90,7 @@ def explain(error: ValidationError, spelling: Mapping[str, str | None] | None = 
         first, *rest = problem["loc"] or ("",)
         key = " ".join(".".join(map(str, [(spelling or {}).get(str(first), first), *rest])).split())
         where = key if len(key) <= 100 else short(key, 100)
-        found.setdefault(
-            where, f"unknown key {where}" if problem["type"] == "extra_forbidden" else said(where, problem)
-        )
+        found.setdefault(where, said(where, problem))
     return listed(list(found.values()))
 
 

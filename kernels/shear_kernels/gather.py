@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shear_kernels import gather_blocks
+from shear_kernels.gather_blocks import kept_rows, pieces
 from shear_kernels.precision import narrow
 from shear_kernels.torch_op import nothing, torch_op
 
@@ -156,7 +157,7 @@ def _fake_gather(
     row_scale: Tensor | None, column_scale: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     width = weights[0].shape[1] if columns is None else columns.shape[0]
-    return weights[0].new_empty(sum(_counts(weights, rows)), width, dtype=dtype)
+    return weights[0].new_empty(sum(kept_rows(weights, rows)), width, dtype=dtype)
 
 
 @torch_op(_fake_gather)
@@ -166,7 +167,7 @@ def gather(
 ) -> Tensor:  # fmt: skip
     """The parts of weights of one width, one under another. row_scale: [kept rows of all]."""
     out = _fake_gather(weights, rows, columns, row_scale, column_scale, dtype)
-    counts, first = _counts(weights, rows), 0
+    counts, first = kept_rows(weights, rows), 0
     for weight, kept, count in zip(weights, rows, counts, strict=True):
         piece = slice(first, first := first + count)
         part, scale = out[piece], None if row_scale is None else row_scale[piece]
@@ -177,11 +178,6 @@ def gather(
                     ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
                 )  # fmt: skip
     return out
-
-
-def _counts(weights: Sequence[Tensor], rows: Sequence[Tensor | None]) -> list[int]:
-    """Kept rows of each weight."""
-    return [(weight if kept is None else kept).shape[0] for weight, kept in zip(weights, rows, strict=True)]
 
 
 def _fake_scatter(
@@ -249,7 +245,7 @@ class _Select(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         part = None
         ctx.wholes = [(weight.shape, weight.dtype) for weight in weights]
-        ctx.counts = _counts(weights, rows)
+        ctx.counts = kept_rows(weights, rows)
         if any(ctx.needs_input_grad[2:4]):
             (part,) = weights
             if rows[0] is not None or columns is not None:
@@ -264,10 +260,10 @@ class _Select(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         part, columns, row_scale, column_scale, *rows = ctx.saved_tensors
-        pieces = [dout] if len(rows) == 1 else dout.split(ctx.counts)
+        parts = pieces(dout, ctx.counts)
         dweights = [
             scatter(piece, kept, columns, row_scale, column_scale, *whole) if needed else None
-            for piece, kept, whole, needed in zip(pieces, rows, ctx.wholes, ctx.needs_input_grad[5:], strict=True)
+            for piece, kept, whole, needed in zip(parts, rows, ctx.wholes, ctx.needs_input_grad[5:], strict=True)
         ]
         drow, dcolumn = (None, None) if part is None else scale_gradients(part, row_scale, column_scale, dout)
         scales = None if row_scale is None else drow, None if column_scale is None else dcolumn

@@ -26,10 +26,10 @@ class _Select(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(columns, *rows)
         ctx.wholes = [(weight.shape, weight.dtype) for weight in weights]
-        ctx.counts = [len(weight if kept is None else kept) for weight, kept in zip(weights, rows, strict=True)]
+        ctx.counts = kept_rows(weights, rows)
         width = weights[0].shape[1:] if columns is None else columns.shape
         out = weights[0].new_empty(sum(ctx.counts), *width, dtype=dtype)
-        for weight, kept, piece in zip(weights, rows, _pieces(out, ctx.counts), strict=True):
+        for weight, kept, piece in zip(weights, rows, pieces(out, ctx.counts), strict=True):
             _gather(weight, kept, columns, piece)
         return out
 
@@ -37,7 +37,7 @@ class _Select(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         columns, *rows = ctx.saved_tensors
-        parts = zip(_pieces(grad, ctx.counts), rows, ctx.wholes, strict=True)
+        parts = zip(pieces(grad, ctx.counts), rows, ctx.wholes, strict=True)
         return None, None, None, *(_scatter(piece, kept, columns, *whole) for piece, kept, whole in parts)
 
 
@@ -82,7 +82,13 @@ def _blocks(kept: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return (kept,) if len(kept) <= rows else torch.split(kept, rows)
 
 
-def _pieces(joined: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+def kept_rows(weights: Sequence[Tensor], rows: Sequence[Tensor | None]) -> list[int]:
+    """How many each weight keeps."""
+    return [(weight if kept is None else kept).shape[0] for weight, kept in zip(weights, rows, strict=True)]
+
+
+def pieces(joined: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    """Each weight's part of what lies one under another."""
     return (joined,) if len(counts) == 1 else torch.split(joined, counts)
 
 

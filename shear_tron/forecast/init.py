@@ -29,6 +29,25 @@ domains:                     # one for each kind of text; their mixture follows 
 {domains}
 """
 
+# What the files of both stages end with.
+TRAINING = """
+train:
+  steps: {steps}             # {tokens:.3g} tokens; the paper {paper}
+  batch: {batch}             # sequences of a step, all ranks' together
+  micro_batch: 1             # sequences a rank runs at a time; larger is faster while memory lasts
+  activation_checkpointing: none   # selective or full where memory is short
+
+optimizer:
+  learning_rate: 1e-4        # the paper's
+  warmup_steps: {rate_warmup}
+
+checkpoint:
+  every: {every}             # steps; a stopped run goes on from the newest
+
+parallel:
+  tp: {tp}
+"""
+
 PRUNE = """\
 # {model}, {source:,} parameters, sheared to {parameters:,}. Every key: shear-tron config, or docs/config.md.
 # Check it:  shear-tron show {file}
@@ -48,22 +67,6 @@ prune:
   target: {{{target}}}
   warmup_steps: {warmup}     # the sparsity grows to the target over these
   learning_rate: {gates:.2g} # of the gates: 1.0 in the paper, more where there are few steps
-
-train:
-  steps: {steps}             # {tokens:.3g} tokens; the paper prunes with 0.4 billion
-  batch: {batch}             # sequences of a step, all ranks' together
-  micro_batch: 1             # sequences a rank runs at a time; larger is faster while memory lasts
-  activation_checkpointing: none   # selective or full where memory is short
-
-optimizer:
-  learning_rate: 1e-4        # the paper's
-  warmup_steps: {rate_warmup}
-
-checkpoint:
-  every: {every}             # steps; a stopped run goes on from the newest
-
-parallel:
-  tp: {tp}
 """
 
 CONTINUE = """\
@@ -81,22 +84,6 @@ data:
   reference_losses: {pruned}/reference_losses.json # the source's own losses
   update_every: {update}     # steps between updates of the mixture
   evaluate_windows: {windows}
-
-train:
-  steps: {steps}             # {tokens:.3g} tokens; the paper continues with 50 billion
-  batch: {batch}             # sequences of a step, all ranks' together
-  micro_batch: 1             # sequences a rank runs at a time; larger is faster while memory lasts
-  activation_checkpointing: none   # selective or full where memory is short
-
-optimizer:
-  learning_rate: 1e-4        # the paper's
-  warmup_steps: {rate_warmup}
-
-checkpoint:
-  every: {every}             # steps; a stopped run goes on from the newest
-
-parallel:
-  tp: {tp}
 """
 SMALL = "models/small"  # as a pruning run's last line has it
 
@@ -132,8 +119,9 @@ def init(arguments: argparse.Namespace) -> str:
     given = {n: getattr(target, n) for n in ("hidden", "layers", "heads", "kv_heads", "ffn")}
     run = f"runs/{Path(arguments.model).name}-to-{arguments.target}"
     both = {"data": data, "sequence": sequence, "windows": 32 if tokens >= 1e8 else 8, "tp": arguments.tp}
-    written[files["prune"]] = PRUNE.format(
+    written[files["prune"]] = (PRUNE + TRAINING).format(
         **both,
+        paper="prunes with 0.4 billion",
         model=arguments.model,
         source=count(model),
         parameters=count(model.resized(target)),
@@ -152,8 +140,9 @@ def init(arguments: argparse.Namespace) -> str:
     )
     after = number(arguments.continue_tokens) if arguments.continue_tokens else PAPER_TOKENS_AFTER * tokens
     batch, steps = _spent(after, sequence, PAPER_BATCH_AFTER)
-    written[files["continue"]] = CONTINUE.format(
+    written[files["continue"]] = (CONTINUE + TRAINING).format(
         **both,
+        paper="continues with 50 billion",
         prune=files["prune"],
         file=files["continue"],
         pruned=run,

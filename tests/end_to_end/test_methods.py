@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run
+from runs import as_under_torchrun, final_state
 
 from shear_tron import cli
 from shear_tron.checkpoint import sharded
@@ -22,13 +23,6 @@ SIZES = {"hidden": 32, "layers": 2, "heads": 8, "kv_heads": 4, "ffn": 32}
 def train(world: Path, run: Path, *overrides: str, status: int = 0) -> None:
     config = [str(world / "prune.yaml"), f"run={run}", "data.update_every=0", *overrides]
     assert cli.main(["train", *config]) == status
-
-
-def state(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = sharded.latest(run)
-    assert checkpoint is not None
-    reader = sharded.Reader(checkpoint)
-    return {name: reader.read(name) for name in reader.sizes}
 
 
 @pytest.mark.parametrize("method", ["fisher", "magnitude", "activation", "random"])
@@ -50,7 +44,7 @@ def test_interrupted_and_resumed_is_never_interrupted_and_keeps_the_targets_coun
     train(world, tmp_path / "parts", *settings, status=1)
     monkeypatch.undo()
     train(world, tmp_path / "parts", *settings)
-    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    whole, parts = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     for name in whole:
         assert torch.equal(whole[name], parts[name]), name
@@ -91,7 +85,7 @@ def test_adam_goes_on_across_the_cut_under_one_schedule(world: Path, tmp_path: P
     train(world, tmp_path / "warm", *after, moments, schedule)
     run(2, on_ranks, str(world / "prune.yaml"), [f"run={tmp_path}/ranks", *after, moments, schedule, "parallel.tp=2"])
 
-    pruned, fresh, warm, ranks = (state(tmp_path / name) for name in ("prune", "fresh", "warm", "ranks"))
+    pruned, fresh, warm, ranks = (final_state(tmp_path / name) for name in ("prune", "fresh", "warm", "ranks"))
     kept = {kind: (pruned[f"scores.{kind}"] >= 0) for kind in ("hidden", "layers", "heads_per_group", "ffn")}
     layer = int(kept["layers"].nonzero()[0])
     hidden, ffn = kept["hidden"].nonzero().flatten(), kept["ffn"][layer].nonzero().flatten()
@@ -122,12 +116,7 @@ def test_moments_of_another_run_are_refused(world: Path, tmp_path: Path, capsys:
 
 def on_ranks(config: str, overrides: list[str]) -> None:
     """What torchrun does: the same command on every rank (which has joined the process group already)."""
-    import torch.distributed as dist
-
-    from shear_tron.parallel import topology
-
-    topology.world_size = dist.get_world_size
-    topology.stop = lambda: None
+    as_under_torchrun()
     assert cli.main(["train", config, "data.update_every=0", *overrides]) == 0
 
 
@@ -149,7 +138,7 @@ def test_a_rotated_run_is_the_same_in_every_layout_and_extracts_what_it_measured
         run(ranks, on_ranks, str(world / "prune.yaml"), [f"run={tmp_path}/{name}", *settings, *layout])
         for before, after in zip(metrics.read(tmp_path / "alone"), metrics.read(tmp_path / name), strict=True):
             assert after["loss"] == pytest.approx(before["loss"], abs=2e-4)
-    alone, other = state(tmp_path / "alone"), state(tmp_path / "pp2 x fsdp2")
+    alone, other = final_state(tmp_path / "alone"), final_state(tmp_path / "pp2 x fsdp2")
     energy = alone["rotation.energy"]
     assert (energy[:-1] >= energy[1:]).all()
     torch.testing.assert_close(energy.sum(), torch.tensor(9.0 * 48), rtol=1e-3, atol=0)  # of 2 x 4 + 1 norms
@@ -196,7 +185,7 @@ def test_a_run_learns_from_a_teacher_alike_in_every_layout(world: Path, tmp_path
         assert after["divergence"] == pytest.approx(before["divergence"], abs=2e-4)
     train(world, tmp_path / "plain", *settings[2:])
     plain = metrics.read(tmp_path / "plain")
-    assert plain[0]["loss"] == pytest.approx(lines[0]["loss"], rel=1e-6)  # of float32, by another op
+    assert plain[0]["loss"] == pytest.approx(lines[0]["loss"], rel=2**-23)  # float32, by another op: its last bit
     assert plain[-1]["loss"] != lines[-1]["loss"]
     assert "divergence" not in plain[0]
     assert lines[0]["flops"] == pytest.approx(plain[0]["flops"] * 4 / 3, rel=1e-6)  # one forward more
@@ -257,12 +246,7 @@ def test_a_cached_teacher_teaches_alike_in_every_layout_and_need_not_be_there(
 
 
 def fill_and_train_on_ranks(arguments: list[str], run: str) -> None:
-    import torch.distributed as dist
-
-    from shear_tron.parallel import topology
-
-    topology.world_size = dist.get_world_size
-    topology.stop = lambda: None
+    as_under_torchrun()
     assert cli.main(["cache-teacher", *arguments, "parallel.tp=2", "parallel.pp=2"]) == 0
     assert cli.main(["train", *arguments, run, "parallel.pp=2"]) == 0
 

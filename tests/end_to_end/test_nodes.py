@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import final_state
 
-from shear_tron.checkpoint import sharded
 from shear_tron.train import metrics
 
 pytestmark = pytest.mark.rehearsal
@@ -38,13 +38,6 @@ def agents(world: Path, run: Path, nodes: int, each: int, *overrides: str) -> li
     return [subprocess.CompletedProcess(agent.args, agent.returncode, out, err) for agent, out, err in told]
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = sharded.latest(run)
-    assert checkpoint is not None
-    reader = sharded.Reader(checkpoint)
-    return {name: reader.read(name) for name in reader.sizes}
-
-
 @pytest.mark.parametrize("layout", ["parallel.dp=2", "parallel.tp=2", "parallel.pp=2"])
 def test_two_nodes_give_what_one_gives(world: Path, tmp_path: Path, layout: str) -> None:
     two, one = agents(world, tmp_path / "two", 2, 1, layout), agents(world, tmp_path / "one", 1, 2, layout)
@@ -54,7 +47,7 @@ def test_two_nodes_give_what_one_gives(world: Path, tmp_path: Path, layout: str)
     assert len(said) == 1  # the main rank's node, and no other
     assert json.loads(said[0])["held_out"] == json.loads(one[0].stdout)["held_out"]
     assert metrics.headers(tmp_path / "two")[0]["ranks"] == 2
-    found, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
+    found, expected = final_state(tmp_path / "two"), final_state(tmp_path / "one")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)

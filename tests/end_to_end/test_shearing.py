@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run
-from torch import Tensor
+from runs import as_under_torchrun, final_state
 
 from shear_tron import cli
 from shear_tron.checkpoint import sharded
@@ -20,20 +20,8 @@ def train(config: Path, *overrides: str, status: int = 0) -> None:
 
 def on_ranks(config: str, overrides: list[str], status: int = 0) -> None:
     """What torchrun does: the same command on every rank (which has joined the process group already)."""
-    import torch.distributed as dist
-
-    from shear_tron.parallel import topology
-
-    topology.world_size = dist.get_world_size
-    topology.stop = lambda: None
+    as_under_torchrun()
     train(Path(config), *overrides, status=status)
-
-
-def final_state(run_folder: Path) -> dict[str, Tensor]:
-    checkpoint = sharded.latest(run_folder)
-    assert checkpoint is not None
-    reader = sharded.Reader(checkpoint)
-    return {name: reader.read(name) for name in reader.sizes}
 
 
 @pytest.fixture(scope="module")

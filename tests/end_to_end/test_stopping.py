@@ -15,6 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 from ranks import run
+from runs import as_under_torchrun
 
 from shear_tron import cli
 from shear_tron.checkpoint import sharded
@@ -108,12 +109,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
 
 
 def on_ranks(config: str, overrides: list[str]) -> int:
-    import torch.distributed as dist
-
-    from shear_tron.parallel import topology
-
-    topology.world_size = dist.get_world_size
-    topology.stop = lambda: None
+    as_under_torchrun()
     interrupt(signal.SIGTERM, rank=1)
     return cli.main(["train", config, *overrides])
 

@@ -1,6 +1,7 @@
 """A loss that is no number is never a success: nothing moves, nothing is saved, and the run says so."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run
+from runs import as_under_torchrun
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def break_steps(chosen: set[int], patch: Any = setattr) -> None:
     patch(Engine, "train", broken)
 
 
-@pytest.mark.parametrize(("rate", "reason"), [("1e3", "the gradient norm is "), ("1e12", "loss is nan")])
+@pytest.mark.parametrize(("rate", "reason"), [("1e3", "the gradient norm is (0.0|nan);"), ("1e12", "loss is nan")])
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
     world: Path, tmp_path: Path, rate: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +72,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
     wild = [f"optimizer.learning_rate={rate}", "train.steps=8", "checkpoint.every=1", *PLAIN]
     assert cli.main(["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *wild]) == 1
     error = capsys.readouterr().err
-    assert f"3 steps in a row were skipped, the last one because {reason}" in error
+    assert re.search(rf"3 steps in a row were skipped, the last one because {reason}", error)
     assert "Traceback" not in error
     for checkpoint in sharded.checkpoints(tmp_path / "run"):
         assert all(tensor.isfinite().all() for tensor in state(checkpoint).values())
@@ -131,12 +133,7 @@ def test_skipping_survives_interruption_to_the_bit(
 
 
 def on_ranks(config: str, overrides: list[str]) -> int:
-    import torch.distributed as dist
-
-    from shear_tron.parallel import topology
-
-    topology.world_size = dist.get_world_size
-    topology.stop = lambda: None
+    as_under_torchrun()
     break_steps({3, 5, 6, 7, 8})
     return cli.main(["train", config, *overrides])
 
@@ -273,12 +270,7 @@ def test_a_loss_that_jumps_takes_the_run_back_past_its_batch(
 
 
 def rewinding(config: str, overrides: list[str]) -> int:
-    import torch.distributed as dist
-
-    from shear_tron.parallel import topology
-
-    topology.world_size = dist.get_world_size
-    topology.stop = lambda: None
+    as_under_torchrun()
     jump({8 * 12})
     return cli.main(["train", config, *overrides])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run
+from runs import as_under_torchrun, final_state
 
 from shear_tron import cli
 from shear_tron.architecture import Architecture
@@ -168,18 +169,8 @@ def test_a_run_without_a_checkpoint_binds_nobody(world: Path, tmp_path: Path) ->
 
 def on_ranks(arguments: list[str]) -> int:
     """What torchrun does: the same command on every rank (which has joined the process group already)."""
-    import torch.distributed as dist
-
-    from shear_tron.parallel import topology
-
-    topology.world_size = dist.get_world_size
-    topology.stop = lambda: None
+    as_under_torchrun()
     return cli.main(arguments)
-
-
-def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    reader = sharded.Reader(sharded.latest(folder) or folder)
-    return {name: reader.read(name) for name in reader.sizes}
 
 
 @pytest.mark.parametrize("moments", ["false", "true"], ids=["weights", "moments"])

@@ -57,8 +57,9 @@ def nothing() -> Iterator[None]:
 @dataclass
 class Saves:
     """Of each save: seconds that training waits in it, and CPU-seconds of the wait (a save before it that is not done
-    yet included) and of the thread that writes."""
+    yet included) and of the thread that writes; and from when to when either was at work."""
 
+    busy: list[tuple[float, float]] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
     cpu_waited: list[float] = field(default_factory=list)
     cpu_written: list[float] = field(default_factory=list)
@@ -68,24 +69,32 @@ class Saves:
         save, write = Checkpointer.save, Checkpointer._write
 
         def timed_save(checkpointer: Checkpointer, *arguments: Any) -> None:
-            began, cpu_began = time.perf_counter(), time.process_time()
+            began, cpu_began = time.time(), time.process_time()
             save(checkpointer, *arguments)
-            self.waited.append(time.perf_counter() - began)
+            self.busy.append((began, time.time()))
+            self.waited.append(time.time() - began)
             self.cpu_waited.append(time.process_time() - cpu_began)
 
         def timed_write(checkpointer: Checkpointer, *arguments: Any) -> None:
-            began = time.thread_time()
+            began, cpu_began = time.time(), time.thread_time()
             write(checkpointer, *arguments)
-            self.cpu_written.append(time.thread_time() - began)
+            self.busy.append((began, time.time()))
+            self.cpu_written.append(time.thread_time() - cpu_began)
 
         with patch.object(Checkpointer, "save", timed_save), patch.object(Checkpointer, "_write", timed_write):
             yield
 
 
-def seconds(run: Path) -> list[float]:
-    """Between two lines of the log, without the first step's."""
-    times = [line["time"] for line in metrics.read(run)]
-    return [after - before for before, after in pairwise(times)][1:]
+Step = tuple[float, float]  # when the line before its own in the log was written, and its own; seconds since 1970
+
+
+def steps_of(run: Path) -> list[Step]:
+    """All but the first."""
+    return list(pairwise(line["time"] for line in metrics.read(run)))[1:]
+
+
+def seconds(steps: list[Step]) -> list[float]:
+    return [end - start for start, end in steps]
 
 
 def train(arguments: list[str]) -> None:
@@ -109,21 +118,22 @@ def measure(given: argparse.Namespace, place: Path) -> dict[str, Any]:
     every = [f"checkpoint.every={given.every}", "checkpoint.background=true", "checkpoint.keep=1"]
     every += [f"checkpoint.upload=file://{place}/copy", "data.verify=true", "train.rewind_above=9"]
     common = [given.config, *given.overrides, *SAME, f"train.steps={given.steps}"]
-    steps: dict[str, list[float]] = {"nothing": [], "everything": []}
+    steps: dict[str, list[Step]] = {"nothing": [], "everything": []}
     saves = Saves()
     for number in range(given.rounds):
         bare, run = place / f"bare-{number}", place / f"run-{number}"
         with nothing():
             train([*common, f"run={bare}"])
-        steps["nothing"] += seconds(bare)
+        steps["nothing"] += steps_of(bare)
         with saves.timed():
             train([*common, *every, f"run={run}"])
-        steps["everything"] += seconds(run)
+        steps["everything"] += steps_of(run)
     again = [*common, "train.rewind_above=9", f"train.steps={given.steps + 1}", f"run={run}"]
     child = subprocess.run([sys.executable, __file__, "--resume", *again], capture_output=True, text=True, check=True)
     told = next(line for line in child.stdout.splitlines() if line.startswith("seconds "))
-    least, most = (statistics.mean(steps[kind]) for kind in ("nothing", "everything"))
-    usual, usual_full = (statistics.median(steps[kind]) for kind in ("nothing", "everything"))
+    least, most = (statistics.mean(seconds(each)) for each in steps.values())
+    free = [step for step in steps["everything"] if not any(a < step[1] and step[0] < b for a, b in saves.busy)]
+    usual, usual_free = (statistics.median(seconds(each) or [0]) for each in (steps["nothing"], free))
     among = given.rounds * ((given.steps - 1) // given.every)  # saves between lines of the log: all but the last one's
     lost = max(0.0, (most - least) * len(steps["everything"]) / among)
     between = given.every * least
@@ -133,7 +143,7 @@ def measure(given: argparse.Namespace, place: Path) -> dict[str, Any]:
         "every": given.every,
         "step_nothing": round(least, 4),  # seconds, mean
         "step_everything": round(most, 4),  # with the saves among them
-        "speed_without_saves": round(usual / usual_full, 4),  # medians: of the votes and looks
+        "speed_without_saves": round(usual / usual_free, 4) if free else None,  # medians: of the votes and looks
         "stall": round(statistics.mean(saves.waited), 4),  # seconds of a save that training waits
         "stall_share": round(statistics.mean(saves.waited) / between, 4),  # of a step, averaged
         "stall_again": round(statistics.median(saves.waited), 4),  # the first of a run makes the room for copies too

@@ -1,14 +1,16 @@
-"""Run the study: python examples/study/study.py OUT [--smoke] [--only ARM ...]
+"""Run the study: python examples/study/study.py OUT [--smoke] [--recorded] [--only ARM ...]
 
 Trains the source, tunes a rate for each family of arms, runs every arm of study.yaml with every seed at equal tokens
 and at equal operations, measures all models on the same windows, and writes OUT/results/*.json. What is there already
-is kept, and a run that was stopped goes on: give the same command again. Then: python examples/study/analyse.py OUT
+is kept, and a run that was stopped goes on: give the same command again. With --recorded a new OUT begins with the
+source, rates and results of `recorded` beside this script. Then: python examples/study/analyse.py OUT
 """
 
 import argparse
 import json
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +143,8 @@ class Run:
         return sorted(json.loads((self.study.out / "tokens" / "domains.json").read_text())["domains"])
 
     def _references(self) -> dict[str, float]:
-        return dict(metrics.read(self.study.out / "train")[-1]["held_out"])
+        losses = json.loads((self.study.out / "results" / "source.json").read_text())["losses"]
+        return {domain: _mean(each) for domain, each in losses.items()}
 
     def _spent(self) -> float:
         """Operations of pruning, calibration included."""
@@ -164,7 +167,7 @@ class Run:
             "arm": arm, "table": table, "seed": self.seed, "rate": self.rate,
             "tokens": sum(metrics.read(self.folder / part)[-1]["tokens"] for part in parts),
             "operations": spent + sum(line["flops"] for line in lines),
-            "curve": [[spent + sum(each["flops"] for each in lines[: place + 1]), _mean(line["held_out"])]
+            "curve": [[spent + sum(each["flops"] for each in lines[: place + 1]), _mean(line["held_out"].values())]
                       for place, line in enumerate(lines) if "held_out" in line],
             "losses": window_losses(final, self.study.out / "tokens", small.SEQUENCE, said["windows"]),
             "choice": choice_accuracy(final, self.study.out / "tokens", said["choice_items"]),
@@ -172,8 +175,8 @@ class Run:
         }  # fmt: skip
 
 
-def _mean(losses: Mapping[str, float]) -> float:
-    return sum(losses.values()) / len(losses)
+def _mean(losses: Collection[float]) -> float:
+    return sum(losses) / len(losses)
 
 
 def tuned(study: Study) -> Values:
@@ -190,7 +193,7 @@ def tuned(study: Study) -> Values:
                 name = f"tuning-{family}-{share:g}-{rate:g}"
                 run = Run(study, name, arm | {"share": share}, said["seed"], rate, steps)
                 losses = window_losses(run.train(), study.out / "tokens", small.SEQUENCE, study.said["windows"])
-                loss = _mean({domain: sum(each) / len(each) for domain, each in losses.items()})
+                loss = _mean([_mean(each) for each in losses.values()])
                 tried.append({"family": family, "share": share, "rate": rate, "loss": loss})
     best = {family: min((t for t in tried if t["family"] == family), key=lambda t: t["loss"])
             for family in {t["family"] for t in tried}}  # fmt: skip
@@ -221,10 +224,20 @@ def runs(study: Study, best: Values) -> Iterator[tuple[str, str, Run]]:
                 yield name, table, run
 
 
+def begin_with(recorded: Path, out: Path) -> None:
+    """Copy what ``out`` lacks of a recorded study."""
+    for file in filter(Path.is_file, recorded.rglob("*")):
+        here = out / file.relative_to(recorded)
+        if not here.exists():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, here)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="everything once, in minutes")
+    parser.add_argument("--recorded", action="store_true", help="begin with what is recorded: only the rest is run")
     parser.add_argument("--only", nargs="*", metavar="ARM", help="these arms only")
     arguments = parser.parse_args()
     said = yaml.safe_load((HERE / "study.yaml").read_text())
@@ -232,6 +245,8 @@ def main() -> None:
         for key, value in said["smoke"].items():
             said[key] = said[key] | value if isinstance(value, dict) else value
     study = Study(said, arguments.out.absolute())
+    if arguments.recorded:
+        begin_with(HERE / "recorded", study.out)
     (study.out / "results").mkdir(parents=True, exist_ok=True)
     subject = said["subject"]
     small.trained_source(study.out, Shape(**subject["source"]), subject["source_steps"], study.training["batch"])

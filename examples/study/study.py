@@ -2,15 +2,18 @@
 
 Trains the source, tunes a rate for each family of arms, runs every arm of study.yaml with every seed at equal tokens
 and at equal operations, measures all models on the same windows, and writes OUT/results/*.json. What is there already
-is kept, and a run that was stopped goes on: give the same command again. With --recorded a new OUT begins with the
-source, rates and results of `recorded` beside this script. Then: python examples/study/analyse.py OUT
+is kept, and a run that was stopped goes on: give the same command again. Once OUT/tuned.json is there, the same command
+in further shells shares the runs. With --recorded a new OUT begins with the source, rates and results of `recorded`
+beside this script. Then: python examples/study/analyse.py OUT
 """
 
 import argparse
+import fcntl
 import json
 import shutil
 import sys
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +227,19 @@ def runs(study: Study, best: Values) -> Iterator[tuple[str, str, Run]]:
                 yield name, table, run
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether this process has the run of ``folder`` for itself; the claim ends with the process, whatever ends it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "claimed").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def begin_with(recorded: Path, out: Path) -> None:
     """Copy what ``out`` lacks of a recorded study."""
     for file in filter(Path.is_file, recorded.rglob("*")):
@@ -265,11 +281,14 @@ def main() -> None:
         file = study.out / "results" / f"{table}-{name}-{run.seed}.json"
         if file.exists() or (arguments.only and name not in arguments.only):
             continue
-        if table == "operations":
-            reference = study.out / "results" / f"tokens-{said['reference']}-{said['seeds'][0]}.json"
-            run = replace(run, budget=json.loads(reference.read_text())["operations"])
-        file.write_text(json.dumps(run.result(name, table)))
-        print(f"done: {file}", flush=True)
+        with claimed(run.folder) as mine:
+            if not mine:
+                continue
+            if table == "operations":
+                reference = study.out / "results" / f"tokens-{said['reference']}-{said['seeds'][0]}.json"
+                run = replace(run, budget=json.loads(reference.read_text())["operations"])
+            file.write_text(json.dumps(run.result(name, table)))
+            print(f"done: {file}", flush=True)
 
 
 if __name__ == "__main__":

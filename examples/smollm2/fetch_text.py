@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+from shear_tron.progress import bar
 
 Document = tuple[str, str]  # (id, text)
 
@@ -189,7 +189,7 @@ def write_domain(path: Path, documents: Iterable[Document]) -> dict[str, int]:
     seen, size = set[bytes](), 0
     with (
         path.open("w", encoding="utf-8") as file,
-        tqdm(total=DOMAIN_BYTES, desc=path.stem, unit="B", unit_scale=True) as bar,
+        bar(path.stem, DOMAIN_BYTES, "B", unit_scale=True) as written,
     ):
         for name, text in documents:
             text = re.sub(r"[ \t]+\n", "\n", text.replace("\x00", ""))
@@ -200,7 +200,7 @@ def write_domain(path: Path, documents: Iterable[Document]) -> dict[str, int]:
             seen.add(digest)
             file.write(json.dumps({"text": text, "id": name}, ensure_ascii=False) + "\n")
             size += len(text.encode())
-            bar.update(len(text.encode()))
+            written.update(len(text.encode()))
             if size >= DOMAIN_BYTES:
                 break
     return {"documents": len(seen), "bytes": size}

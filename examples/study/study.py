@@ -286,6 +286,8 @@ def main() -> None:
                 continue
             if table == "operations":
                 reference = study.out / "results" / f"tokens-{said['reference']}-{said['seeds'][0]}.json"
+                if not reference.exists():
+                    raise SystemExit(f"{file.name} wants {reference.name}, not there yet: give this again when it is")
                 run = replace(run, budget=json.loads(reference.read_text())["operations"])
             file.write_text(json.dumps(run.result(name, table)))
             print(f"done: {file}", flush=True)

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ class Checkpointer:
         return None if step < 0 else sharded.path(self.run, step)
 
     def last_good(self) -> str:
-        """A sentence about it."""
+        """A sentence about it. One that is being written is waited for: when it is whole, older ones go."""
+        with suppress(AgreedError):
+            self.wait()
         found = self.latest()
         return "No checkpoint was written" if found is None else f"The last good checkpoint is {found}"
 
@@ -191,4 +194,6 @@ class Checkpointer:
         sync(final.parent)
         there = [sharded.step_of(each) for each in sharded.checkpoints(self.run)]
         for old in sharded.outdated(there, sharded.step_of(final), self.keep, self.keep_every):
-            shutil.rmtree(sharded.path(self.run, old))
+            going = sharded.path(self.run, old).with_suffix(PARTIAL)  # gone at once; a part of it is no checkpoint
+            os.rename(sharded.path(self.run, old), going)
+            shutil.rmtree(going, ignore_errors=True)

@@ -1,6 +1,8 @@
 """Law 5: saved in one layout and loaded in another is never saved: every tensor is the same, to the bit."""
 
 import resource
+import shutil
+import time
 import tracemalloc
 from contextlib import closing
 from math import prod
@@ -167,9 +169,53 @@ def test_tensors_of_any_type_and_size_come_back(tmp_path: Path) -> None:
     assert run(1, save_any_type, str(tmp_path)) == [[]]
 
 
-def test_a_checkpoint_that_is_not_whole_is_refused(saved: list[str], tmp_path: Path) -> None:
-    import shutil
+class KilledError(BaseException):
+    pass
 
+
+def killed_while_removing(folder: str) -> list[str]:
+    """The checkpoints of a run that died in the middle of removing the older one."""
+    start(Layout(), torch.device("cpu"))
+    checkpointer = Checkpointer(Path(folder), keep=1)
+    checkpointer.save(1, {"a": torch.ones(3)}, {})
+
+    def half(path: Path, **_: object) -> None:
+        if path.is_dir():
+            next(path.glob("*.safetensors")).unlink()
+            raise KilledError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(KilledError):
+            checkpointer.save(2, {"a": torch.ones(3)}, {})
+    left = sharded.checkpoints(Path(folder))
+    for checkpoint in left:
+        sharded.verify(checkpoint)
+    checkpointer = Checkpointer(Path(folder), keep=1)
+    return [path.name for path in [*left, *(Path(folder) / sharded.FOLDER).iterdir()]]
+
+
+def test_a_checkpoint_that_is_half_removed_is_none(tmp_path: Path) -> None:
+    assert run(1, killed_while_removing, str(tmp_path)) == [["step-00000002"] * 2]
+
+
+def last_good_while_saving(folder: str) -> str:
+    start(Layout(), torch.device("cpu"))
+    with closing(Checkpointer(Path(folder), keep=1, background=True)) as checkpointer:
+        checkpointer.save(1, {"a": torch.ones(3)}, {})
+        checkpointer.wait()
+        finish = checkpointer._finish
+        checkpointer._finish = lambda *given: time.sleep(1) or finish(*given)  # type: ignore[method-assign,func-returns-value]
+        checkpointer.save(2, {"a": torch.ones(3)}, {})
+        return checkpointer.last_good()
+
+
+def test_the_last_good_checkpoint_is_there_when_the_run_has_ended(tmp_path: Path) -> None:
+    """One in the background ends with the run, and takes the one before it away."""
+    assert run(1, last_good_while_saving, str(tmp_path)) == [f"The last good checkpoint is {sharded.path(tmp_path, 2)}"]
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(saved: list[str], tmp_path: Path) -> None:
     checkpoint = checkpoint_of(saved[3], "llama")  # sharded over three files
     shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     last = sorted((tmp_path / checkpoint.name).glob("*.safetensors"))[-1]

@@ -120,6 +120,7 @@ def train(arguments: argparse.Namespace) -> int:
     allowed = tuple(arguments.allow_change)
     claim_run_folder(config, allowed)
     command = ["train", arguments.config, *arguments.overrides]
+    command += [f"--allow-change={key}" for key in allowed] + ["--strict"] * arguments.strict
     if arguments.nproc and arguments.nproc > 1:
         command += ["--nproc", str(arguments.nproc)]
         rank = (arguments.config, arguments.overrides, allowed, command, arguments.strict)

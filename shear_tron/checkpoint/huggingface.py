@@ -4,9 +4,7 @@ Names are a family's (``families``); fused tensors are taken apart and put toget
 """
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
+from shear_tron.checkpoint.atomic import atomic
 from shear_tron.checkpoint.huggingface_config import TOKEN_IDS, architecture_config, family_of, read_architecture
 from shear_tron.checkpoint.names import Read, Stored, stored
 from shear_tron.checkpoint.safetensors_stream import DTYPES, Entry, Writer, entries, open_file, read_json
@@ -146,26 +145,17 @@ def write(
     for a missing, extra or misshaped tensor, for sizes that transformers refuses (``architecture_config``), and where
     ``folder`` already holds something.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; choose another folder or remove it")
     source = None if tokenizer_from is None else Path(tokenizer_from)
     if source is not None and not any((source / file).exists() for file in _VOCABULARIES):
         raise ValueError(f"{source} has no tokenizer ({', '.join(_VOCABULARIES)}); give the folder of the source model")
     architecture_config(architecture, torch.float32)  # raises now, not after the last tensor
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
-    try:
+    with atomic(folder) as partial:
+        partial.mkdir()
         stored = _write_tensors(partial, architecture, tensors, dtype, shard_bytes)
         config = architecture_config(architecture, stored)
         if source is not None:
             _copy_tokenizer(source, partial, config)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write_tensors(

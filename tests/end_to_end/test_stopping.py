@@ -94,11 +94,13 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(
         *STEPS,
         f"checkpoint.background={background}",
     ]
+    flags = ["--allow-change=optimizer.clip", "--strict"]
     before = signal.getsignal(number)
     monkeypatch.setattr(Trainer, "_update", Trainer._update)  # restored afterwards
     interrupt(number)
-    assert cli.main(arguments) == status
+    assert cli.main([*arguments, *flags]) == status
     error = capsys.readouterr().err
+    assert " ".join(flags) in error.partition("resume with: ")[2]
     assert f"stopped by {number.name}; step 3 of 8 is saved in {tmp_path}/run; resume with: shear-tron train" in error
     assert "Traceback" not in error
     assert signal.getsignal(number) == before

@@ -13,9 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shear_tron.files import write_atomically
-from shear_tron.reading import listed, parse_yaml, read_text, said, short
-
-LARGEST = 1 << 20  # bytes of a config
+from shear_tron.reading import LONGEST, listed, parse_yaml, read_text, said, short
 
 
 class ConfigError(ValueError):
@@ -34,7 +32,7 @@ Config = TypeVar("Config", bound=BaseModel)
 def load(kind: type[Config], path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read ``path`` (YAML) as a ``kind``, with ``section.key=value`` overrides. Raises ConfigError in one line."""
     try:
-        values = parse_yaml(read_text(path, LARGEST), str(path))
+        values = parse_yaml(read_text(path, LONGEST), str(path))
     except ValueError as error:
         raise ConfigError(f"config file {error}") from None
     if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""Reading JSON and YAML that anyone may have written: bounded, and either a value or one line that says what is wrong.
+"""Reading files that anyone may have written: bounded, and either a value or one line that says what is wrong.
 
 Every function raises ValueError, with the file's name, for whatever it is given: a folder, a pipe, gigabytes, bytes
 that are no text, nesting without end, aliases that unfold into billions, numbers that are none.
@@ -10,18 +10,17 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
 
 LARGEST = 256 << 20  # bytes of any file read whole: a tokenizer or an index of the largest models has a tenth
+LONGEST = 1 << 20  # characters of a YAML file
 DEEPEST = 64  # levels of nesting
 MOST = 100_000  # values in a YAML file
 MOST_TOLD = 20  # problems told at once
-# What PyYAML lets through from constructing tagged values.
-_SLIPS = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
 def read_text(path: str | Path, largest: int = LARGEST) -> str:
@@ -34,7 +33,7 @@ def read_text(path: str | Path, largest: int = LARGEST) -> str:
         if status.st_size > largest:
             raise ValueError(f"{path} has {status.st_size:,} bytes, and no such file needs more than {largest:,}")
         with open(path, "rb") as file:
-            return file.read(largest).decode("utf-8")
+            return file.read(status.st_size).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}); give a text file") from None
     except OSError as error:
@@ -51,6 +50,35 @@ def read_json(path: str | Path, largest: int = LARGEST) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object")
     return value
+
+
+def read_sentencepiece(path: str | Path) -> Any:
+    """The library's model of a ``tokenizer.model``."""
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor()
+    try:
+        if not Path(path).is_file():
+            raise ValueError("no regular file")
+        library.load_from_serialized_proto(Path(path).read_bytes())
+        if not library.vocab_size():
+            raise ValueError("no tokens")
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = in_one_line(error)
+        raise ValueError(f"tokenizer={path} cannot be read ({reason}); use a SentencePiece model") from None
+    return library
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file, of any folder, can be called so."""
+    return PurePosixPath(name).name == name and name not in ("", "..") and name.isprintable() and len(name) <= 255
+
+
+def require_files(folder: str | Path) -> None:
+    """ValueError where a folder holds a pipe or a device, which a library that is let into it would wait for."""
+    for entry in Path(folder).iterdir():
+        if entry.exists() and not (entry.is_file() or entry.is_dir()):
+            raise ValueError(f"{entry} is no regular file; remove it")
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -130,6 +158,8 @@ def _nested(value: dict[Any, Any] | list[Any] | tuple[Any, ...] | set[Any]) -> b
 
 
 def _require_small(text: str) -> None:
+    if len(text) > LONGEST:
+        raise ValueError(f"more than {LONGEST:,} characters")
     depth = values = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         line = event.start_mark.line + 1 if event.start_mark else 0

@@ -4,11 +4,11 @@ One pickled state dict of a LLaMA with multi-head attention, names of its own, a
 yet, the logits of its masks: the hard-concrete gates that ``shear_tron.pruning.gates`` has too.
 """
 
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ _NAMES = {
     "norm": "model.transformer.ln_f.weight",
     "lm_head": "model.transformer.output.weight",
 }
+_BLOCK = re.compile(r"model\.transformer\.blocks\.([0-9]{1,4})\.")
 _MASKS = "model.l0_module.masks.{}.z_loga"
 _KINDS = {"hidden": "hidden", "layer": "layers", "head": "kv_heads", "intermediate": "ffn"}  # of masks, theirs -> ours
 
@@ -53,7 +54,7 @@ class Composer:
         rotary base and context. ValueError where the file holds other objects, or is of another kind of model.
         """
         state = _load(Path(file))
-        layers = 1 + max((int(name.split(".")[3]) for name in state if ".blocks." in name), default=-1)
+        layers = 1 + max((int(block[1]) for name in state if (block := _BLOCK.match(name))), default=-1)
         head_dim, lengths = like.shape.head_dim, {}
         for leaf in ("embed", "q", "gate"):
             tensor = state.get(_NAMES[leaf].format(0))
@@ -91,13 +92,19 @@ def _load(file: Path) -> Mapping[str, Tensor]:
         raise ValueError(f"{file} does not exist; give a state dict of the released code, such as latest-rank0.pt")
     try:
         content: Any = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except (UnpicklingError, RuntimeError) as error:
+    except Exception as error:  # where bytes are damaged, whatever the restricted unpickler comes upon
         raise ValueError(
-            f"{file} holds more than tensors, which is not loaded ({str(error).splitlines()[0]}); where it was made, "
-            "torch.save(torch.load(file)['state']['model'], 'weights.pt') and import that"
+            f"{file} is damaged, or holds more than tensors, which is not loaded ({_first_line(error)}); where it was "
+            "made, torch.save(torch.load(file)['state']['model'], 'weights.pt') and import that"
         ) from None
-    if isinstance(content, dict) and "state" in content:
-        content = content["state"]["model"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if isinstance(content, dict) and isinstance(content.get("state"), dict):
+        content = content["state"].get("model")
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and type(value) is Tensor for name, value in content.items()
+    ):
         raise ValueError(f"{file} is no state dict; give one of the released code, such as latest-rank0.pt")
     return {name: tensor for name, tensor in content.items() if "rotary" not in name}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__

@@ -2,11 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import gguf
+from pydantic import BaseModel, Field, RootModel, ValidationError
 
+from shear_tron.checkpoint.config_json import Flag
 from shear_tron.checkpoint.safetensors_stream import read_json
+from shear_tron.reading import explain, in_one_line, read_sentencepiece, require_files
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -21,14 +24,75 @@ PRE_TOKENIZERS = {
 }
 
 
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Json = TypeVar("Json", bound=BaseModel)
+
+
+class AddedToken(BaseModel):
+    content: str
+    special: Flag = False
+
+
+class TokenizerConfig(BaseModel):
+    """What is read of a ``tokenizer_config.json``."""
+
+    add_prefix_space: bool | None = None
+    added_tokens_decoder: dict[Id, AddedToken] = {}
+
+
+class AddedTokens(RootModel[dict[str, Id]]):
+    """``added_tokens.json``."""
+
+    root: dict[str, Id] = {}
+
+
+class PreTokenizer(BaseModel):
+    """How a ``tokenizer.json`` cuts text: in one step, or in those of ``pretokenizers``."""
+
+    type: str
+    pretokenizers: list["PreTokenizer"] = []
+    behavior: str | None = None
+    pattern: dict[str, str] = {}
+    individual_digits: Flag = False
+    use_regex: bool = True
+
+
+class Bpe(BaseModel):
+    type: str = "BPE"
+    byte_fallback: Flag = False
+    vocab: dict[str, Id]
+    merges: list[str | list[str]] = []
+
+
+class NumberedToken(AddedToken):
+    id: Id
+
+
+class TokenizerJson(BaseModel):
+    """What is read of a ``tokenizer.json``."""
+
+    model: Bpe
+    pre_tokenizer: PreTokenizer | None = None
+    added_tokens: list[NumberedToken] = []
+
+
+def _read(kind: type[Json], file: Path) -> Json:
+    """ValueError where the file is damaged; where there is none, what it would be if it said nothing."""
+    try:
+        return kind.model_validate(read_json(file) if file.exists() else {})
+    except ValidationError as error:
+        raise ValueError(f"{file} is damaged ({explain(error)}); fetch it again") from None
+
+
 def add_vocabulary(writer: Any, folder: Path, rows: int) -> None:
     """Add the tokenizer of a Hugging Face folder; ids beyond it, up to the embedding's ``rows``, are padding.
 
     ValueError for a tokenizer that llama.cpp is not known to have: better none than one that encodes differently.
     """
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    if config.get("add_prefix_space") is not None:
-        writer.add_add_space_prefix(bool(config["add_prefix_space"]))
+    require_files(folder)
+    config = _read(TokenizerConfig, folder / "tokenizer_config.json")
+    if config.add_prefix_space is not None:
+        writer.add_add_space_prefix(config.add_prefix_space)
     if (folder / "tokenizer.model").exists():
         kind, pre, entries = "llama", "default", _sentencepiece(folder, config, rows)
     else:
@@ -39,7 +103,12 @@ def add_vocabulary(writer: Any, folder: Path, rows: int) -> None:
     if kind == "llama":
         writer.add_token_scores([entry.score for entry in entries])
     writer.add_token_types([entry.type for entry in entries])
-    gguf.SpecialVocab(folder, load_merges=kind == "gpt2", n_vocab=rows).add_to_gguf(writer, quiet=True)
+    try:
+        gguf.SpecialVocab(folder, load_merges=kind == "gpt2", n_vocab=rows).add_to_gguf(writer, quiet=True)
+    except Exception as error:  # whatever it comes upon in files that it reads by itself
+        raise ValueError(
+            f"{folder}: its special tokens cannot be read ({in_one_line(error)}); fetch it again"
+        ) from None
 
 
 class Entry(NamedTuple):
@@ -52,11 +121,8 @@ def _padding(rows: int) -> list[Entry]:
     return [Entry(f"[PAD{i}]".encode(), -10000.0, int(gguf.TokenType.UNUSED)) for i in range(rows)]
 
 
-def _sentencepiece(folder: Path, config: dict[str, Any], rows: int) -> list[Entry]:
-    import sentencepiece
-
-    library = sentencepiece.SentencePieceProcessor()
-    library.LoadFromFile(str(folder / "tokenizer.model"))
+def _sentencepiece(folder: Path, config: TokenizerConfig, rows: int) -> list[Entry]:
+    library = read_sentencepiece(folder / "tokenizer.model")
     types = gguf.TokenType
     kinds = (
         (library.IsUnknown, types.UNKNOWN),
@@ -68,37 +134,36 @@ def _sentencepiece(folder: Path, config: dict[str, Any], rows: int) -> list[Entr
     for i in range(min(library.vocab_size(), rows)):
         kind = next((kind for is_of, kind in kinds if is_of(i)), types.NORMAL)
         found[i] = Entry(library.IdToPiece(i).encode(), library.GetScore(i), int(kind))
-    added = folder / "added_tokens.json"
-    for token, i in (read_json(added) if added.exists() else {}).items():
+    for token, i in _read(AddedTokens, folder / "added_tokens.json").root.items():
         if i < rows:
             found[i] = Entry(token.encode(), -1000.0, int(types.USER_DEFINED))
-    for key, value in config.get("added_tokens_decoder", {}).items():
-        if int(key) < rows:
-            found[int(key)] = _added(value["content"], bool(value.get("special")))
+    for i, added in config.added_tokens_decoder.items():
+        if i < rows:
+            found[i] = _added(added.content, added.special)
     return found
 
 
 def _tokenizer_json(folder: Path, rows: int) -> tuple[str, str, list[Entry]]:
     """(llama.cpp's kind, pre-tokenizer, entries) of a ``tokenizer.json``."""
-    content = read_json(folder / "tokenizer.json")
-    model = content["model"]
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"{folder}: a tokenizer of type {model['type']} is not written as GGUF; use BPE")
-    pieces = bool(model.get("byte_fallback"))  # SentencePiece's BPE, as LLaMA-2 has it
-    pre = "default" if pieces else _pre_tokenizer(folder, content.get("pre_tokenizer"))
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    content = _read(TokenizerJson, folder / "tokenizer.json")
+    model = content.model
+    if model.type != "BPE":
+        raise ValueError(f"{folder}: a tokenizer of type {model.type} is not written as GGUF; use BPE")
+    pieces = model.byte_fallback  # SentencePiece's BPE, as LLaMA-2 has it
+    pre = "default" if pieces else _pre_tokenizer(folder, content.pre_tokenizer)
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.merges]
     rank: dict[str, int] = {}
     for number, merge in enumerate(merges):
         rank.setdefault("".join(merge), number)
     found = _padding(rows)
-    for token, i in model["vocab"].items():
+    for token, i in model.vocab.items():
         is_byte = pieces and re.fullmatch("<0x[0-9A-F]{2}>", token)
         kind = gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
         if i < rows:
             found[i] = Entry(token.encode(), -float(rank.get(token, len(rank))), int(kind))
-    for added in content.get("added_tokens", []):
-        if added["id"] < rows:
-            found[added["id"]] = _added(added["content"], bool(added.get("special")))
+    for added in content.added_tokens:
+        if added.id < rows:
+            found[added.id] = _added(added.content, added.special)
     return "llama" if pieces else "gpt2", pre, found
 
 
@@ -109,18 +174,18 @@ def _added(token: str, special: bool) -> Entry:
     return Entry(token.replace("\u2581", " ").encode(), -1000.0, int(gguf.TokenType.USER_DEFINED))
 
 
-def _pre_tokenizer(folder: Path, description: dict[str, Any] | None) -> str:
-    parts = (description or {}).get("pretokenizers", [description] if description else [])
+def _pre_tokenizer(folder: Path, description: PreTokenizer | None) -> str:
+    parts = [] if description is None else description.pretokenizers or [description]
     steps = []
     for part in parts:
-        if part["type"] == "Split" and part.get("behavior") == "Isolated" and "Regex" in part["pattern"]:
-            steps.append(part["pattern"]["Regex"])
-        elif part["type"] == "Digits" and part.get("individual_digits"):
+        if part.type == "Split" and part.behavior == "Isolated" and "Regex" in part.pattern:
+            steps.append(part.pattern["Regex"])
+        elif part.type == "Digits" and part.individual_digits:
             steps.append("digits")
-        elif part["type"] == "ByteLevel":
-            steps += ["byte level"] if part.get("use_regex", True) else []
+        elif part.type == "ByteLevel":
+            steps += ["byte level"] if part.use_regex else []
         else:
-            steps.append(part["type"])
+            steps.append(part.type)
     name = PRE_TOKENIZERS.get(tuple(steps))
     if name is None:
         raise ValueError(

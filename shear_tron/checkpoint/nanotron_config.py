@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shear_tron.architecture import Architecture, Rope
+from shear_tron.checkpoint.config_json import ConfigJson, Context, Number, Positive
 from shear_tron.checkpoint.safetensors_stream import read_json
 from shear_tron.reading import short
 from shear_tron.shape import Shape, require_split
@@ -19,6 +20,14 @@ _REFUSED = (
     "rope_seq_len_interpolation_factor",
 )  # fmt: skip
 _QKV = frozenset("qkv")  # the only biases that main's Qwen2 has, and they are one tensor
+
+
+class ModelConfigJson(ConfigJson):
+    """What is read of a ``model_config.json``: nanotron writes all of its config, in transformers' spelling."""
+
+    rms_norm_eps: Positive
+    max_position_embeddings: Context
+    rope_theta: Number = ONLY_BASE
 
 
 def require(architecture: Architecture, flavour: Flavour, tp: int = 1) -> None:
@@ -98,25 +107,25 @@ def read_model_config(path: Path) -> tuple[Architecture, bool]:
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{path}: hidden_act={short(config['hidden_act'])} is not supported; use a model with 'silu'")
     try:
-        heads = config["num_attention_heads"]
+        found = ModelConfigJson.of(config, {"head_dim": None})
+        heads = found.num_attention_heads
         shape = Shape(
-            hidden=config["hidden_size"],
-            layers=config["num_hidden_layers"],
+            hidden=found.hidden_size,
+            layers=found.num_hidden_layers,
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config["hidden_size"] // heads,
-            ffn=config["intermediate_size"],
-            vocab=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
+            kv_heads=found.num_key_value_heads or heads,
+            head_dim=found.hidden_size // heads,
+            ffn=found.intermediate_size,
+            vocab=found.vocab_size,
+            tied=found.tie_word_embeddings,
         )
-        rope = Rope(theta=float(config.get("rope_theta", ONLY_BASE)))
-        architecture = Architecture(shape, rope, config["rms_norm_eps"], config["max_position_embeddings"])
+        architecture = Architecture(
+            shape, Rope(theta=found.rope_theta), found.rms_norm_eps, found.max_position_embeddings
+        )
         if biased:
             architecture = replace(architecture, family="qwen2", biases=_QKV)
-    except KeyError as missing:
-        raise ValueError(f"{path} lacks {missing}; copy the file that nanotron saved") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}; copy the file that nanotron saved") from None
     return architecture, bool(config.get("rope_interleaved", True))  # before September 2024 there was no choice
 
 

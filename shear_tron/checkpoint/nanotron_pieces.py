@@ -14,6 +14,7 @@ from shear_tron.architecture import Architecture
 from shear_tron.checkpoint.names import Names, Packed, stored, with_biases
 from shear_tron.checkpoint.safetensors_stream import DTYPES, open_file
 from shear_tron.params import Param
+from shear_tron.reading import short
 
 FORMAT = "1.2"  # of the checkpoint: release 0.4 writes it; main writes 1.5 and reads both
 READ = ("1.2", "1.3", "1.4", "1.5")
@@ -101,12 +102,15 @@ def find_pieces(checkpoint: Path, whole: Whole) -> tuple[Piece, ...]:
     stem, found = checkpoint / whole.stem, list[Piece]()
     for file in sorted(stem.parent.glob(f"{stem.name}*.safetensors")):
         with open_file(file) as opened:
+            if list(opened.keys()) != ["data"]:
+                raise ValueError(f"{file} holds no piece of nanotron's; copy it again")
             header, data = opened.metadata() or {}, opened.get_slice("data")
-            size, dtype = tuple(data.get_shape()), data.get_dtype()
+            held, dtype = tuple(data.get_shape()), data.get_dtype()
         if dtype not in DTYPES:
             raise ValueError(f"{file} is {dtype}; use weights in {', '.join(DTYPES)}")
         if header.get("version", FORMAT) not in READ:
             raise ValueError(f"{file} is of format {header['version']}; use a checkpoint of {READ[0]} to {READ[-1]}")
+        size = held
         if "unsharded_shape" in header:  # numpy 2 made release 0.4 write (np.int64(96), 32)
             size = tuple(map(int, re.findall(r"\d+(?=[),]|$)", header["unsharded_shape"])))
         if size != whole.size:
@@ -116,8 +120,11 @@ def find_pieces(checkpoint: Path, whole: Whole) -> tuple[Piece, ...]:
         every = spell(whole.index(None, None))
         for pair in header.get("local_global_slices_pairs", f"{every}#{every}").split(";"):
             local, _, there = pair.partition("#")
-            start, stop = _along(file, there, whole)
-            found.append(Piece(file, _along(file, local, whole)[0], start, stop))
+            begin, end = _along(file, local, whole, held)
+            start, stop = _along(file, there, whole, whole.size)
+            if end - begin != stop - start:
+                raise ValueError(f"{file} is cut in a way that no LLaMA is ({short(pair)}); import another checkpoint")
+            found.append(Piece(file, begin, start, stop))
     found.sort(key=lambda piece: piece.start)
     ends = [0, *(piece.stop for piece in found)]
     starts = [*(piece.start for piece in found), whole.size[whole.axis]]
@@ -126,14 +133,21 @@ def find_pieces(checkpoint: Path, whole: Whole) -> tuple[Piece, ...]:
     return tuple(found)
 
 
-def _along(file: Path, spelt: str, whole: Whole) -> tuple[int, int]:
-    """Start and stop along the axis of slices in nanotron's spelling; the other axes must be whole."""
-    bounds = [[None if n == "None" else int(n) for n in axis.split(",")] for axis in spelt.split("|")]
-    for axis, (start, stop, step) in enumerate(bounds):
-        if step not in (None, 1) or (axis != whole.axis and (start or stop not in (None, whole.size[axis]))):
-            raise ValueError(f"{file} is cut in a way that no LLaMA is ({spelt}); import another checkpoint")
-    start, stop, _ = bounds[whole.axis]
-    return start or 0, whole.size[whole.axis] if stop is None else stop
+def _along(file: Path, spelt: str, whole: Whole, size: tuple[int, ...]) -> tuple[int, int]:
+    """Start and stop along the axis, from slices in nanotron's spelling of a tensor of ``size``; others are whole."""
+    try:
+        bounds = [[None if n == "None" else int(n) for n in axis.split(",")] for axis in spelt.split("|")]
+        spans = [
+            (start or 0, length if stop is None else stop, step or 1)
+            for (start, stop, step), length in zip(bounds, size, strict=True)
+        ]
+    except ValueError:
+        spans = []
+    uncut = [(0, length, 1) for length in whole.size]
+    begin, end, step = spans.pop(whole.axis) if len(spans) == len(uncut) else (0, 0, 1)
+    if not 0 <= begin < end <= size[whole.axis] or step != 1 or spans != uncut[: whole.axis] + uncut[whole.axis + 1 :]:
+        raise ValueError(f"{file} is cut in a way that no LLaMA is ({short(spelt)}); import another checkpoint")
+    return begin, end
 
 
 def spell(part: tuple[slice, ...]) -> str:

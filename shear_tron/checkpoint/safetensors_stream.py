@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shear_tron import reading
-from shear_tron.reading import short
+from shear_tron.reading import in_one_line, is_file_name, short
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
@@ -49,14 +49,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def open_file(path: Path) -> Any:
     """The library's handle on one file, its header checked against the file's length; ValueError naming the file."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is no regular file; fetch it again")
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path} is no regular file; fetch it again")
         return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; fetch the whole folder again") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is corrupt or cut short ({error}); fetch it again") from None
+        raise ValueError(f"{path} is corrupt or cut short ({in_one_line(error)}); fetch it again") from None
 
 
 def entries(folder: Path) -> dict[str, Entry]:
@@ -69,12 +69,12 @@ def entries(folder: Path) -> dict[str, Entry]:
             "save the model with transformers' save_pretrained first"
         )
     weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map; fetch it again")
     found: dict[str, Entry] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise ValueError(f"{folder / INDEX} points at {short(file)} outside its folder; list file names only")
+        if not is_file_name(file):
+            raise ValueError(f"{folder / INDEX} points at {short(file)}, no file of its folder; list names only")
         for name, entry in _header(folder / file).items():
             if weight_map.get(name) != file:
                 raise ValueError(f"{folder / file} holds {name}, which {INDEX} does not place there; fetch both again")

@@ -94,11 +94,11 @@ def progress(checkpoint: Path) -> Progress:
     file = checkpoint / PROGRESS
     try:
         content = read_json(file)
-        seal = content.pop("sha256")
+        seal = content.pop("sha256", None)
         found = Progress.model_validate(content, strict=True)
         if seal != _seal(content):
             raise ValueError("it does not have its sha256")
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         reason = in_one_line(error)
         raise ValueError(f"{file} cannot be read ({reason}); the checkpoint is damaged, use an earlier one") from None
     if path(Path(), found.step).name != checkpoint.name:

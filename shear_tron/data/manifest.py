@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -13,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 
 from shear_tron.data.tokenizer import fingerprint
 from shear_tron.files import sha256, write_atomically
-from shear_tron.reading import in_one_line, read_json, short
+from shear_tron.reading import in_one_line, is_file_name, read_json, short
 
 FILE = "domains.json"
 FORMAT = 1
@@ -27,6 +26,13 @@ def _inside(file: str) -> str:
     return file
 
 
+def _folder(name: str) -> str:
+    if not is_file_name(name):
+        raise ValueError("is no name of a folder")
+    return name
+
+
+DomainName = Annotated[str, AfterValidator(_folder)]
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0)]
 
@@ -65,6 +71,22 @@ class Domain:
         return sum(shard.documents for shard in getattr(self, split))
 
 
+def require_size(folder: str, shard: Shard, token_bytes: int) -> None:
+    """ValueError where a shard, or its index, is not there or not as long as it says."""
+    for file, expected in ((shard.file, shard.tokens * token_bytes), (f"{shard.file}.index", shard.documents * 8)):
+        place = Path(folder) / file
+        try:
+            found = place.stat().st_size if place.is_file() or not place.exists() else "no"
+        except (OSError, ValueError) as error:
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({in_one_line(error)})"
+            raise ValueError(f"shard {short(file)} of {folder} {reason}; run `shear-tron prepare` again") from None
+        if found != expected:
+            raise ValueError(
+                f"shard {file} of {folder} has {found} bytes, not {expected}: it is damaged; "
+                "run `shear-tron prepare` again"
+            )
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A prepared folder.
@@ -83,7 +105,7 @@ class Manifest:
     bos: Count | None
     separator: Count | None
     held_out_share: float
-    domains: dict[str, Domain]
+    domains: dict[DomainName, Domain]
 
     @classmethod
     def read(cls, folder: str, tokenizer: str | None = None, vocab: int | None = None) -> "Manifest":
@@ -107,7 +129,7 @@ class Manifest:
             raise ValueError(f"{file} is damaged ({in_one_line(error)}); run `shear-tron prepare` again") from None
         manifest._check_model(tokenizer, vocab)
         for shard in manifest.shards():
-            manifest._check_size(shard)
+            require_size(folder, shard, manifest.token_bytes)
         return manifest
 
     def write(self) -> None:
@@ -126,24 +148,6 @@ class Manifest:
                 f"tokenizer={tokenizer} ({found[:12]}) is not the one that made {self.folder} "
                 f"({self.tokenizer}, {self.tokenizer_sha256[:12]}); prepare the data with the model's tokenizer"
             )
-
-    def _check_size(self, shard: Shard) -> None:
-        for file, expected in (
-            (shard.file, shard.tokens * self.token_bytes),
-            (f"{shard.file}.index", shard.documents * 8),
-        ):
-            try:
-                found = os.stat(os.path.join(self.folder, file)).st_size
-            except OSError as error:
-                reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-                raise ValueError(
-                    f"shard {short(file)} of {self.folder} {reason}; run `shear-tron prepare` again"
-                ) from None
-            if found != expected:
-                raise ValueError(
-                    f"shard {file} of {self.folder} has {found} bytes, not {expected}: it is damaged; "
-                    "run `shear-tron prepare` again"
-                )
 
     def shards(self) -> list[Shard]:
         """Every shard of every domain."""

@@ -9,18 +9,20 @@ A sample: the sizes of those columns that have no fixed one, then the columns' b
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Field, model_validator
 from tqdm import tqdm
 
 from shear_tron.data.manifest import FILE, Domain, Manifest, Shard
 from shear_tron.data.tokenizer import Tokenizer, load
 from shear_tron.files import sha256
-from shear_tron.reading import read_json, short
+from shear_tron.reading import in_one_line, is_file_name, read_json, short
 
 INDEX, COLUMN = "index.json", "tokens"
+Count = Annotated[int, Field(ge=0, lt=2**32)]
 Ids = npt.NDArray[np.unsignedinteger]
 
 
@@ -51,6 +53,8 @@ def import_data(train: str, held_out: str, output: str, tokenizer: str) -> Manif
         )
     aside = sum(domain.tokens("held_out") for domain in domains.values())
     tokens = aside + sum(domain.tokens() for domain in domains.values())
+    if not tokens:
+        raise ValueError(f"{train} holds no tokens; copy it again")
     manifest = Manifest(
         folder=output,
         tokenizer=tokenizer,
@@ -70,10 +74,7 @@ def _shards(source: Path, target: Path, place: str, words: Tokenizer) -> Iterato
     """Each shard of ``source`` as one of ours."""
     end = words.id(str(words.eos))
     (target / place).mkdir(parents=True, exist_ok=True)
-    described = read_json(source / INDEX).get("shards")
-    if not isinstance(described, list) or not described:
-        raise ValueError(f"{source / INDEX} lists no shards; copy the folder again")
-    for number, shard in enumerate(tqdm(described, desc=place, unit=" shards", disable=None)):
+    for number, shard in enumerate(tqdm(_described(source), desc=place, unit=" shards", disable=None)):
         name, tokens, ends = f"{place}/{number:05d}.ds", 0, [np.empty(0, np.uint64)]
         with open(target / name, "wb") as file:
             for ids in samples(source, shard):
@@ -89,20 +90,58 @@ def _shards(source: Path, target: Path, place: str, words: Tokenizer) -> Iterato
             yield Shard(name, tokens, len(index), sha256(target / name), sha256(target / f"{name}.index"))
 
 
-def samples(folder: Path, shard: dict[str, Any]) -> Iterator[Ids]:
-    """Token ids of each sample of a shard. shard: its entry in ``index.json``."""
+class _File(BaseModel):
+    basename: str
+
+
+class _Mds(BaseModel):
+    """A shard, as ``index.json`` describes it."""
+
+    format: str
+    version: int
+    compression: str | None
+    samples: Count
+    column_names: list[str]
+    column_sizes: list[Count | None]
+    column_encodings: list[str]
+    raw_data: _File
+
+    @model_validator(mode="after")
+    def _is_readable(self) -> Self:
+        if COLUMN not in self.column_names:
+            raise ValueError(f"has no column {COLUMN!r}")
+        if not len(self.column_names) == len(self.column_sizes) == len(self.column_encodings):
+            raise ValueError("has columns without a size or an encoding")
+        if self.format != "mds" or self.version != 2 or self.column_encodings[self.column] != "bytes":
+            raise ValueError("use MDS, version 2, with tokens as bytes")
+        if self.compression:
+            raise ValueError(f"compression={short(self.compression)}; write the shards again without")
+        if not is_file_name(self.raw_data.basename):
+            raise ValueError(f"points at {short(self.raw_data.basename)}, no file of its folder; list names only")
+        return self
+
+    @property
+    def column(self) -> int:
+        """Which one is read."""
+        return self.column_names.index(COLUMN)
+
+
+class _Index(BaseModel):
+    shards: list[_Mds] = Field(min_length=1)
+
+
+def _described(folder: Path) -> list[_Mds]:
     try:
-        names, sizes, encodings = (shard[f"column_{key}"] for key in ("names", "sizes", "encodings"))
-        file, count, compression = shard["raw_data"]["basename"], shard["samples"], shard["compression"]
-        column = names.index(COLUMN)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"{folder / INDEX} describes no MDS shard with a column {COLUMN!r}; copy it again") from None
-    if shard.get("format") != "mds" or shard.get("version") != 2 or encodings[column] != "bytes":
-        raise ValueError(f"{folder / INDEX} describes {short(shard)}; use MDS, version 2, with tokens as bytes")
-    if compression:
-        raise ValueError(f"{folder}: compression={compression}; write the shards again without")
-    if Path(file).name != file:
-        raise ValueError(f"{folder / INDEX} points at {short(file)} outside its folder; list file names only")
+        return _Index.model_validate(read_json(folder / INDEX), strict=True).shards
+    except ValueError as error:
+        raise ValueError(f"{folder / INDEX} describes no MDS ({in_one_line(error)}); copy it again") from None
+
+
+def samples(folder: Path, shard: _Mds) -> Iterator[Ids]:
+    """Token ids of each sample of a shard."""
+    file, sizes, column, count = shard.raw_data.basename, shard.column_sizes, shard.column, shard.samples
+    if not (folder / file).is_file() or not (folder / file).stat().st_size:
+        raise ValueError(f"{folder / file} is not there, or empty; copy it again")
     content = np.memmap(folder / file, np.uint8, "r")
     places = np.frombuffer(content[: 4 * (count + 2)], "<u4")[1:].astype(np.int64)
     if len(places) != count + 1 or places[-1] != len(content) or (np.diff(places) < 0).any():

@@ -21,7 +21,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from shear_tron.data import documents
 from shear_tron.data.documents import DAMAGED, Fields, Format, Piece
-from shear_tron.data.manifest import Shard
+from shear_tron.data.manifest import Shard, require_size
 from shear_tron.data.tokenizer import load
 from shear_tron.files import sha256, write_atomically
 from shear_tron.reading import read_json
@@ -78,13 +78,11 @@ class Receipt:
         """The receipt of a task whose shards are all there; None for one that must be done (again)."""
         try:
             receipt = TypeAdapter(cls).validate_json(json.dumps(read_json(cls.path(output, task))), strict=True)
+            for shard in (receipt.train, receipt.held_out):
+                if shard is not None:
+                    require_size(output, shard, token_bytes)
         except ValueError:  # none, or a damaged one
             return None
-        for shard in (receipt.train, receipt.held_out):
-            if shard is not None:
-                file = Path(output) / shard.file
-                if not file.is_file() or file.stat().st_size != shard.tokens * token_bytes:
-                    return None
         return receipt
 
 
@@ -132,7 +130,7 @@ class Tokenise(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
         draft = Path(self.output) / WORK / f"{task.key}.{os.getpid()}.tmp"
         shutil.rmtree(draft, ignore_errors=True)
         files = {split: self._file(draft, split) for split in ("train", "held_out")}
-        keep = np.load(task.keep) if task.keep else None
+        keep = kept(task)
         counts = {"empty": 0, "damaged": 0, "duplicates": 0}
         number = 0
         for batch in _batches(data):
@@ -214,18 +212,37 @@ class Sign(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
     def read(cls, output: str, task: Task) -> npt.NDArray[np.uint64]:
         """Mapped from its file. ValueError where it is damaged."""
         file = cls.path(output, task)
-        try:
-            found = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            found = None
-        if found is None or found.dtype != np.uint64 or found.shape[1:] != (2,):
+        found = _array(file)
+        if found.dtype != np.uint64 or found.ndim != 2 or found.shape[1] != 2:
             raise ValueError(f"{file} is damaged; delete it and run `shear-tron prepare` again")
-        mapped: npt.NDArray[np.uint64] = found
-        return mapped
+        return found
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         joined = b"".join(documents.fingerprint(document.text) for document in data if document.text)
         save_atomically(self.path(self.output, self.tasks[rank]), np.frombuffer(joined, dtype="<u8").reshape(-1, 2))
+
+
+def kept(task: Task) -> npt.NDArray[np.bool_] | None:
+    """Which of a task's documents stay; None: all. ValueError where the file that says so is damaged."""
+    if task.keep is None:
+        return None
+    found = _array(Path(task.keep))
+    if found.dtype != np.bool_ or found.ndim != 1:
+        raise ValueError(f"{task.keep} is damaged; delete it and run `shear-tron prepare` again")
+    return found
+
+
+def _array(file: Path) -> npt.NDArray[Any]:
+    """Mapped from its file."""
+    try:
+        if not file.is_file():
+            raise FileNotFoundError(file)
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception:  # numpy evaluates the header, in which anything may be wrong
+        found = None
+    if not isinstance(found, np.ndarray):  # a zip of several is none
+        raise ValueError(f"{file} is damaged; delete it and run `shear-tron prepare` again")
+    return found
 
 
 def save_atomically(file: Path, array: npt.NDArray[Any]) -> None:

@@ -42,11 +42,13 @@ def stats(folder: str, picture: str | None = None) -> str:
 
 def _lengths(manifest: Manifest, name: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Tokens of each training document, from the shards' indexes."""
-    lengths = [
-        np.diff(np.fromfile(Path(manifest.folder) / f"{shard.file}.index", dtype="<u8"), prepend=np.uint64(0))
-        for shard in manifest.domains[name].train
-    ]
-    return np.concatenate([*lengths, np.empty(0, np.uint64)]).astype(np.int64)
+    lengths = [np.empty(0, np.int64)]
+    for shard in manifest.domains[name].train:
+        file = Path(manifest.folder) / f"{shard.file}.index"
+        lengths.append(np.diff(np.fromfile(file, dtype="<i8"), prepend=0))
+        if (lengths[-1] < 0).any():
+            raise ValueError(f"{file} is damaged; run `shear-tron prepare` again")
+    return np.concatenate(lengths)
 
 
 def _draw(manifest: Manifest, lengths: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]], picture: str) -> None:

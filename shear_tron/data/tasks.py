@@ -121,12 +121,11 @@ def _files(name: str, source: DomainSource) -> tuple[list[tuple[str, int, str]],
 
 def _folder(name: str, system: Any, path: str) -> list[str]:
     """Files below a folder; of a saved Hugging Face dataset only its data, not what its cache left there."""
-    if system.exists(f"{path}/dataset_dict.json"):
+    if system.isfile(f"{path}/dataset_dict.json"):
         splits = _values(system, f"{path}/dataset_dict.json", "splits", str)
-        raise ValueError(
-            f"domain {name!r}: path={path} holds the splits {', '.join(splits)}; give one, {path}/{splits[0]}"
-        )
-    if system.exists(f"{path}/state.json"):
+        told = ", ".join(splits)[:200]
+        raise ValueError(f"domain {name!r}: path={path} holds the splits {told}; give one, {path}/{splits[0][:60]}")
+    if system.isfile(f"{path}/state.json"):
         files = _values(system, f"{path}/state.json", "_data_files", dict)
         return [f"{path}/{PurePath(str(file.get('filename'))).name}" for file in files]
     return list(system.find(path))
@@ -136,7 +135,7 @@ def _values(system: Any, file: str, key: str, kind: type[Any]) -> list[Any]:
     """The list of ``kind`` under ``key`` of a JSON file. ValueError where there is none."""
     try:
         found = json.loads(system.cat_file(file, end=LARGEST)).get(key)
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, RecursionError, OSError):
         found = None
     if not isinstance(found, list) or not found or not all(isinstance(each, kind) for each in found):
         raise ValueError(f"{file} has no list of {key}; save the dataset again")

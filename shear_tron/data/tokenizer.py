@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from shear_tron.hub import located
-from shear_tron.reading import read_json
+from shear_tron.reading import in_one_line, read_json, read_sentencepiece, read_text
 
 
 class Tokenizer:
@@ -39,32 +39,26 @@ class Tokenizer:
     def _load_json(self, file: Path) -> None:
         from tokenizers import Tokenizer as Library
 
-        content = file.read_bytes()
+        parts = read_json(file)
         try:
-            self._library: Any = Library.from_str(content.decode())
+            self._library: Any = Library.from_str(read_text(file))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"tokenizer={file} cannot be read ({error}); use a complete tokenizer.json") from error
+            reason = in_one_line(error)
+            raise ValueError(f"tokenizer={file} cannot be read ({reason}); use a complete tokenizer.json") from None
         self._library.no_truncation()
         self._library.no_padding()
         self._library.encode_special_tokens = True
         self._ids: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
-        self.vocab = max(self._ids.values()) + 1
+        self.vocab = max(self._ids.values(), default=-1) + 1
         self.bos, self.eos = (_special_token(file.parent, name) for name in ("bos_token", "eos_token"))
         self._encode = self._encode_json
-        parts = read_json(file)
         pieces = bool(parts["model"].get("byte_fallback"))
         byte_level = "ByteLevel" in json.dumps(parts.get("decoder") or {})
         self._is_byte_level: bool | None = None if pieces == byte_level else byte_level
         self._special = {added["id"] for added in parts.get("added_tokens", []) if added.get("special")}
 
     def _load_sentencepiece(self, file: Path) -> None:
-        import sentencepiece
-
-        content = file.read_bytes()
-        try:
-            self._library = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
-            raise ValueError(f"tokenizer={file} cannot be read ({error}); use a SentencePiece model") from error
+        self._library = read_sentencepiece(file)
         self.vocab = self._library.vocab_size()
         self._ids = {self._library.id_to_piece(i): i for i in range(self.vocab)}
         self.bos, self.eos = (

@@ -5,14 +5,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
+from pydantic import ConfigDict, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from shear_tron.config import ConfigError
+from shear_tron.reading import in_one_line, parse_yaml, read_text
 from shear_tron.report.units import SPARSITIES
 from shear_tron.train import metrics
+from shear_tron.train.lines import SAMPLE, Number, Size
 
 TOLERANCE = 0.01  # a kind whose expected sparsity ends further than this from the target's has missed it
 POINTS = 800  # of a curve: more are more than a screen has columns
+PER_LAYER = ("layers", "kv_heads", "heads_per_group", "ffn")  # in a snapshot of gates
 SAMPLES = "samples.jsonl"  # lines of {"prompt", "text"}, if somebody recorded any
 
 Losses = dict[str, float]
@@ -161,13 +165,15 @@ def _stage(run: Path, start: int) -> Stage:
     lines, headers = metrics.read(run), metrics.headers(run)
     if not lines:
         raise ConfigError(f"{run} has not finished its first step yet; ask again when it has")
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = _config(run / "config.yaml")
     batch = config["train"]["batch"] * config["data"]["sequence"]
+    snapshots = metrics.read_gates(run)
+    _require_whole(run, lines, headers[-1:], snapshots)
     for line in lines:  # logs of older versions do not count tokens
         line["tokens"] = start + line.get("tokens", line["step"] * batch)
-        if None in line.get("held_out", {}).values():  # not a number, which ended the run
+        held_out = line.get("held_out", {"": 0.0})
+        if not held_out or None in held_out.values():  # not a number, which ended the run
             del line["held_out"]
-    snapshots = metrics.read_gates(run)
     for snapshot in snapshots:
         snapshot["tokens"] = start + snapshot["step"] * batch
     return Stage(
@@ -178,11 +184,73 @@ def _stage(run: Path, start: int) -> Stage:
         config,
         (metrics.start(run) or {}).get("held_out", {}),
         metrics.read_references(run),
-        metrics.read_lines(run / SAMPLES),
+        metrics.read_lines(run / SAMPLES, SAMPLE),
         start,
         sum(line["seconds"] for line in lines) * lines[-1]["step"] / len(lines),
         sum("skipped" in line for line in lines),
     )
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Train(TypedDict):
+    batch: Size
+    steps: int
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Data(TypedDict):
+    sequence: Size
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Optimizer(TypedDict):
+    learning_rate: Number
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Config(TypedDict):
+    """What is told of a config. It may be an older version's, which a run would not take."""
+
+    model: str
+    train: _Train
+    data: _Data
+    optimizer: _Optimizer
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        return dict(TypeAdapter(_Config).validate_python(parse_yaml(read_text(file), str(file))))
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({in_one_line(error)}); restore it") from None
+
+
+STEP = ("loss", "weights", "seconds", "tokens_per_second")  # told of each
+HEADER = ("versions", "device", "compute", "ranks", "layout", "shape")
+
+
+def _require_whole(
+    run: Path, lines: list[dict[str, Any]], headers: list[dict[str, Any]], snapshots: list[dict[str, Any]]
+) -> None:
+    """ConfigError where something that a report tells of is missing, or does not fit the rest."""
+    of_masks = [
+        f"{which}_{sparsity_key(kind)}"
+        for kind in SPARSITIES
+        for which in ("expected", "target")
+        if f"expected_{sparsity_key(kind)}" in lines[-1]
+    ]
+    found = [(f"step {line['step']}", line, (*STEP, *of_masks)) for line in lines]
+    for what, values, keys in [*found, *(("the record of the run", header, HEADER) for header in headers)]:
+        if absent := [key for key in keys if key not in values]:
+            raise ConfigError(f"{run / metrics.LOG} is damaged ({what} lacks {', '.join(absent)}); restore it")
+        if strange := sorted(set(values.get("multipliers", {})) - set(SPARSITIES)):
+            raise ConfigError(f"{run / metrics.LOG} is damaged ({what} has a multiplier of {strange[0][:60]!r})")
+    for snapshot in snapshots:
+        layers = {len(snapshot[kind]) for kind in PER_LAYER if kind in snapshot}
+        if not headers or layers - {headers[-1]["shape"]["layers"]}:
+            raise ConfigError(
+                f"{run / metrics.GATES} is not of this run (step {snapshot['step']} has {sorted(layers)} layers); "
+                "restore it, or delete it"
+            )
 
 
 def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

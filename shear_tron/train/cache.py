@@ -19,15 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from shear_kernels.sampling import WHOLE
 
-from shear_tron.data.manifest import Manifest
+from shear_tron.data.manifest import DomainName, Manifest
 from shear_tron.data.permutation import Integers
 from shear_tron.files import sha256, write_atomically
 from shear_tron.reading import in_one_line, read_json, short
 
 FILE = "cache.json"
 FORMAT = 1
+_SIZES = {"ids": 3, "parts": 3, "information": 2}  # axes: window, token, sample
 FILE_BYTES = 1 << 28  # of samples that wait in memory for their file
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=1 << 40)]
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -45,7 +46,7 @@ class Facts:
     samples: Positive  # per token
     temperature: Annotated[float, Field(gt=0)]
     document_masking: bool
-    domains: dict[str, str]  # sha256 of each one's training shards
+    domains: dict[DomainName, str]  # sha256 of each one's training shards
 
     @classmethod
     def of(cls, manifest: Manifest, names: Sequence[str], **rest: Any) -> "Facts":
@@ -81,7 +82,7 @@ class Cache:
             content = read_json(self.folder / FILE)
             if (found := content.pop("format", None)) != FORMAT:
                 raise ValueError(f"format={short(found)}, not {FORMAT}")
-            self.facts = TypeAdapter(Facts).validate_python(content)
+            self.facts = TypeAdapter(Facts).validate_json(json.dumps(content), strict=True)
         except ValueError as error:
             reason = in_one_line(error)
             raise ValueError(f"{self.folder / FILE} is damaged ({reason}); delete {folder} and fill it again") from None
@@ -120,8 +121,9 @@ class Cache:
                 "goes on from its last checkpoint"
             )
         file = _opened(files[at])
-        found = {key: file.get_slice(key)[rows[at]] for key in ("ids", "parts", "information")}
-        if (found["parts"].sum(-1, dtype=np.int64) != WHOLE).any() or found["ids"].max() >= self.facts.vocab:
+        found = {key: file.get_slice(key)[rows[at]] for key in _SIZES}
+        whole = (found["parts"].sum(-1, dtype=np.int64) == WHOLE).all() and found["ids"].max() < self.facts.vocab
+        if not whole or not np.isfinite(found["information"]).all():
             raise ValueError(f"{files[at]} is damaged; delete it and fill the cache again")
         return found
 
@@ -129,16 +131,30 @@ class Cache:
         found: list[tuple[int, Path, int]] = []
         for file in sorted((self.folder / domain).glob("*.safetensors")):
             try:
-                numbers = _opened(file).get_tensor("window").tolist()
-                size = [len(numbers), self.facts.sequence, self.facts.samples]
-                if _opened(file).get_slice("ids").get_shape() != size:
-                    raise OSError(f"its ids are not of size {size}")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is damaged ({error}); delete it and fill the cache again") from None
+                numbers = self._require_whole(file)
+            except (SafetensorError, OSError, ValueError) as error:
+                reason = in_one_line(error)
+                raise ValueError(f"{file} is damaged ({reason}); delete it and fill the cache again") from None
             found += [(number, file, row) for row, number in enumerate(numbers)]
         found.sort(key=lambda place: place[0])
         windows = np.array([number for number, _, _ in found], dtype=np.int64)
         return windows, [file for _, file, _ in found], [row for _, _, row in found]
+
+    def _require_whole(self, file: Path) -> list[int]:
+        """The windows in a file whose tensors have the types and sizes that they should."""
+        if not file.is_file():
+            raise ValueError("it is no file")
+        opened = _opened(file)
+        numbers = opened.get_tensor("window")
+        if numbers.dtype != np.int64 or numbers.ndim != 1:
+            raise ValueError("its windows are no numbers")
+        id_type = {2: "U16", 4: "U32"}[self.facts.id_type.itemsize]
+        for key, dtype in (("ids", id_type), ("parts", "U16"), ("information", "F32")):
+            part = opened.get_slice(key)
+            size = [len(numbers), self.facts.sequence, self.facts.samples][: _SIZES[key]]
+            if part.get_shape() != size or part.get_dtype() != dtype:
+                raise ValueError(f"its {key} are not {dtype} of size {size}")
+        return [int(number) for number in numbers]
 
     def verify(self) -> int:
         """Read everything; returns how many windows. ValueError for the first file that is not what was written."""

@@ -65,7 +65,7 @@ def publish(run: RunFolder, folder: Path, architecture: Architecture, source: Ar
 
 def lineage(model: Path) -> list[str]:
     """What the card of ``model`` says it came from, if it is one of ours: a line for each run."""
-    text = (model / CARD).read_text("utf-8") if (model / CARD).exists() else ""
+    text = (model / CARD).read_text("utf-8", errors="replace") if (model / CARD).is_file() else ""
     _, found, after = text.partition(f"{LINEAGE}\n\n")
     return after.split("\n\n", 1)[0].splitlines() if found else []
 
@@ -91,7 +91,9 @@ def _this_step(
     command: str,
 ) -> str:
     start = metrics.headers(run.path)[-1:] if _logged(run) else []
-    versions = ", ".join(f"shear-tron {each['versions']['shear-tron']}, commit {each['commit']}" for each in start)
+    versions = ", ".join(
+        f"shear-tron {each.get('versions', {}).get('shear-tron')}, commit {each.get('commit')}" for each in start
+    )
     tokens = run.step * run.config.train.batch * run.config.data.sequence
     sizes = f"{count(source):,} parameters"
     if run.config.prune is not None:
@@ -126,8 +128,8 @@ def _data(run: RunFolder, steps: Sequence[Mapping[str, Any]]) -> str:
         "| domain | " + " | ".join(f"step {line['step']:,}" for line in shown) + " | held-out loss |",
         "|---" * (len(shown) + 2) + "|",
     ]
-    for name in shown[0]["weights"]:
-        shares = " | ".join(f"{line['weights'][name]:.3f}" for line in shown)
+    for name in shown[0].get("weights", {}):
+        shares = " | ".join(f"{line.get('weights', {}).get(name, 0):.3f}" for line in shown)
         loss = measured["held_out"].get(name)
         lines.append(f"| {name} | {shares} | {'-' if loss is None else f'{loss:.4f}'} |")
     return "\n".join(lines)

@@ -9,13 +9,14 @@ import yaml
 from torch import Tensor
 
 from shear_tron.architecture import Architecture
-from shear_tron.checkpoint import huggingface, sharded
+from shear_tron.checkpoint import huggingface
 from shear_tron.checkpoint.atomic import atomic
 from shear_tron.checkpoint.model_folder import Form, write_model
 from shear_tron.checkpoint.nanotron_config import MODEL, training
 from shear_tron.checkpoint.safetensors_stream import read_json
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.sampler import Sampler
+from shear_tron.train import saved
 from shear_tron.train.run_folder import RunFolder
 
 SAMPLES = Path("s3", "samples")  # nanotron asserts that the path of its data contains s3
@@ -93,7 +94,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 def _write_samples(folder: Path, tokenizer: Path, run: RunFolder, samples: int) -> None:
     """datatrove's format: ids, ends of documents (here: of samples), and the tokenizer's place."""
     manifest = Manifest.read(str(run.data))
-    progress = sharded.progress(run.checkpoint)
+    progress = saved.progress(run.checkpoint)
     weights: dict[str, float] = progress.state["mixture"]["weights"]
     sampler = Sampler(manifest, tuple(weights), run.config.data.sequence, run.config.train.seed)
     sampler.restore(progress.state["sampler"])

@@ -10,18 +10,22 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shear_tron.files import write_atomically
 from shear_tron.progress import bar
+from shear_tron.reading import in_one_line, read_json, read_text
+from shear_tron.train import lines
 from shear_tron.train.viewers import Viewer, numbers
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
     from tqdm import tqdm
 
+LARGEST = 4 << 30  # bytes of a log: a million lines of a step
 LOG, GATES, REFERENCES = "metrics.jsonl", "gates.jsonl", "reference_losses.json"
 
 
@@ -40,8 +44,8 @@ class Log:
         """going_back: records of having gone back to that very step before stay."""
         for file in (self.run / LOG, self.run / GATES) if self.run else ():
             if file.exists():
-                lines = [line for line in _readable(file) if _step(line) <= step + (going_back and "rewind" in line)]
-                write_atomically(file, "".join(json.dumps(line) + "\n" for line in lines))
+                kept = [line for line in _readable(file) if _step(line) <= step + (going_back and "rewind" in line)]
+                write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def go_back(self, at: int, to: int, samples: Sequence[int], loss: float) -> None:
         """From a step whose loss jumped: lines after step ``to`` are dropped, and a record says why."""
@@ -149,37 +153,46 @@ def start(run: Path) -> dict[str, Any] | None:
 
 def read_gates(run: Path) -> list[dict[str, Any]]:
     """Snapshots of the gates (``shear_tron.pruning.snapshot``), each with its ``step``; [] where none were pruned."""
-    return read_lines(run / GATES)
+    return read_lines(run / GATES, lines.SNAPSHOT)
 
 
 def read_references(run: Path) -> dict[str, float]:
-    """The reference loss of each domain; {} where the run has none."""
+    """The reference loss of each domain; {} where the run has none. ValueError where the file is damaged."""
     file = run / REFERENCES
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        return lines.REFERENCES.validate_python(read_json(file), strict=True)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({in_one_line(error)}); restore it, or delete it") from None
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path, kind: "TypeAdapter[Any]" = lines.LINE) -> list[dict[str, Any]]:
     """The whole lines of ``file``, [] where there is no file. ValueError where one that is not the last is damaged."""
     if not file.exists():
         return []
-    text = file.read_text()
+    text = read_text(file, LARGEST)
     whole = text[: text.rfind("\n") + 1].splitlines()
-    try:
-        return [json.loads(line) for line in whole]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}); restore it, or delete the line") from None
+    found = []
+    for number, line in enumerate(whole, 1):
+        try:
+            found.append(kind.validate_json(line, strict=True))
+        except ValueError as error:
+            reason = in_one_line(error)
+            raise ValueError(f"{file} is damaged (line {number}: {reason}); restore it, or delete the line") from None
+    return found
 
 
 def _readable(file: Path) -> list[dict[str, Any]]:
     """The lines of ``file`` that are whole steps or headers: a damaged one must not keep a run from going on."""
+    if not file.is_file():
+        raise ValueError(f"{file} is no regular file; move it")
     found = []
     for text in file.read_bytes().splitlines():
-        try:
+        with suppress(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             line = json.loads(text)
             _step(line)
             found.append(line)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
     return found
 
 

@@ -18,6 +18,7 @@ from shear_tron.parallel.agree import require_all
 from shear_tron.params import params
 from shear_tron.pruning.extract import extract
 from shear_tron.pruning.make import read_method
+from shear_tron.train import saved
 from shear_tron.train.config import InitConfig
 from shear_tron.train.run_folder import RunFolder
 
@@ -78,7 +79,7 @@ def go_on_with(run: str, own: Path, moments: dict[str, Tensor], is_main: bool) -
 
 def updates(run: RunFolder) -> int:
     """Steps of Adam that a run has made; skipped ones are none."""
-    progress = sharded.progress(run.checkpoint)
+    progress = saved.progress(run.checkpoint)
     return int(progress.step - progress.state["health"]["skipped"] + progress.state["updates_before"])
 
 

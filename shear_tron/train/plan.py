@@ -22,7 +22,7 @@ from shear_tron.pruning.make import make_method
 from shear_tron.pruning.rotate import Turned
 from shear_tron.reading import in_one_line, parse_yaml, read_text
 from shear_tron.shape import Shape
-from shear_tron.train import viewers
+from shear_tron.train import saved, viewers
 from shear_tron.train.cache import Cache
 from shear_tron.train.config import RunConfig
 from shear_tron.train.drawn import require_cached
@@ -130,7 +130,7 @@ def inputs(plan: Plan) -> Inputs:
             raise ConfigError("init_from goes with neither optimizer.moments nor prune.rotate; leave one of them out")
         require_same_model(config.init_from, plan.architecture)
     if checkpoint is not None:
-        sharded.progress(checkpoint)  # it is whole
+        saved.progress(checkpoint)  # it is whole
     teacher, cache = None, None
     if config.distill and config.distill.cache:
         cache = require_cached(config, manifest, mixture, shape.vocab)
@@ -192,13 +192,13 @@ def _mixture(given: dict[str, float] | str, manifest: Manifest) -> dict[str, flo
     if checkpoint is None or not (run / CONFIG).exists():
         state = "holds no run with a checkpoint" if run.is_dir() else "is not a folder"
         raise ConfigError(f"data.weights={given} {state}; {options}")
-    saved, steps = sharded.progress(checkpoint), load(RunConfig, run / CONFIG).train.steps
-    if saved.step < steps:
+    progress, steps = saved.progress(checkpoint), load(RunConfig, run / CONFIG).train.steps
+    if progress.step < steps:
         raise ConfigError(
-            f"data.weights={given} is a run that stopped at step {saved.step} of {steps}, its mixture is not final; "
+            f"data.weights={given} is a run that stopped at step {progress.step} of {steps}, its mixture is not final; "
             f"finish it, or {options}"
         )
-    return dict(saved.state["mixture"]["weights"])
+    return dict(progress.state["mixture"]["weights"])
 
 
 def _require_held_out(manifest: Manifest, name: str, sequence: int) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shear_tron.checkpoint import sharded
 from shear_tron.data.sampler import Batches
+from shear_tron.train import saved
 from shear_tron.train.moments import go_on_with, start_from
 from shear_tron.train.optimizer import moments, set_updates, start_moments
 
@@ -42,7 +43,7 @@ def go_back(trainer: "Trainer", checkpoint: Path, loss: float, batches: Batches)
 
 def restore(trainer: "Trainer", checkpoint: Path) -> dict[str, Any]:
     """Everything but the place in the data, as it was saved. Returns what was saved beside tensors. Collective."""
-    progress = sharded.progress(checkpoint)
+    progress = saved.progress(checkpoint)
     trainer.step, state = progress.step, progress.state
     trainer.updates_before = state["updates_before"]
     trainer.health.restore(state["health"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shear_tron.config import ConfigError
+from shear_tron.reading import read_text
 from shear_tron.train.config import LogConfig, RunConfig
 
 WANDB_ID = "wandb_id"  # names the file in the run's folder: a resumed run goes on in the same graphs
@@ -63,7 +64,7 @@ class WandB:
         self.run: Any = wandb.init(
             project=project,
             name=run.resolve().name,
-            id=remembered.read_text(),
+            id=read_text(remembered),
             resume="allow",
             dir=str(run),
             config=config.model_dump(mode="json"),

@@ -7,7 +7,7 @@ import torch
 
 from shear_tron.checkpoint.model_folder import is_nanotron
 from shear_tron.hub import located
-from shear_tron.use.network import load_transformers
+from shear_tron.use.network import load_transformers, load_words
 
 
 def generate(
@@ -26,14 +26,14 @@ def generate(
     template. tokenizer: its folder or Hub id, for a nanotron checkpoint, which has none (ValueError). say: called with
     each piece of text as it comes. ValueError for ``chat`` without a template.
     """
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     if tokenizer is None and is_nanotron(folder):
         raise ValueError(f"{folder} is a nanotron checkpoint and has no tokenizer; say where it is with --tokenizer")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_transformers(folder, torch.float32 if device == "cpu" else torch.bfloat16).to(device).eval()
     place = located(tokenizer or folder)
-    words = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    words = load_words(place)
     if chat:
         if words.chat_template is None:
             raise ValueError(f"{folder} has no chat template; leave --chat out, or tune it (examples/instruct)")

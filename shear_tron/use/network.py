@@ -12,7 +12,7 @@ from shear_tron.checkpoint.huggingface_config import architecture_config, family
 from shear_tron.checkpoint.model_folder import Model, is_nanotron, open_model
 from shear_tron.checkpoint.names import stored
 from shear_tron.hub import located
-from shear_tron.reading import in_one_line
+from shear_tron.reading import in_one_line, require_files
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,23 @@ def load_transformers(model: str, dtype: torch.dtype) -> Any:
     if not (Path(folder) / "config.json").exists():
         raise ValueError(f"{model} is no model (it has no config.json); give a Hugging Face folder or a Hub id")
     try:
+        require_files(folder)
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
-    except OSError as error:  # no safetensors, or cut short
+    except Exception as error:  # whatever transformers comes upon in a damaged folder
         raise ValueError(f"{model} cannot be opened ({in_one_line(error)}); pickled weights are never loaded") from None
+
+
+def load_words(folder: str | Path) -> Any:
+    """transformers' tokenizer of a folder. ValueError where it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        require_files(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers comes upon in a damaged folder
+        raise ValueError(f"the tokenizer of {folder} cannot be read ({in_one_line(error)})") from None
 
 
 def _filled(model: Model, dtype: torch.dtype) -> Any:

@@ -287,7 +287,7 @@ def test_models_with_other_parts_are_refused(written: Path, key: str) -> None:
     with pytest.raises(ValueError, match=f"{key}=2 is not supported; use a model without"):
         Checkpoint.open(written)
     (written / "model_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "vocab_size"}))
-    with pytest.raises(ValueError, match="lacks 'vocab_size'; copy the file"):
+    with pytest.raises(ValueError, match="vocab_size is missing; it has no default; copy the file"):
         Checkpoint.open(written)
 
 

@@ -6,66 +6,21 @@
 import json
 import os
 import random
+import re
 import resource
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
-from safetensors.torch import save_file
-
-from shear_tron.architecture import Architecture
-from shear_tron.checkpoint import sharded
-from shear_tron.checkpoint.huggingface import Weights, read_architecture, write
-from shear_tron.config import load
-from shear_tron.data.manifest import Domain, Manifest, Shard
-from shear_tron.params import params
-from shear_tron.shape import Shape
-from shear_tron.train.config import RunConfig
+from inputs import INPUTS, WHOLE, Reader, files, make, one_line
 
 CASES = int(os.environ.get("SHEAR_TRON_FUZZ", "10000"))
-SHAPE = Shape(hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn=16, vocab=32)
-CONFIG = {
-    "run": "runs/x",
-    "model": "m",
-    "data": {"folder": "d", "sequence": 16, "weights": {"a": 1.0, "b": 2.0}, "reference_losses": {"a": 1.0}},
-    "train": {"steps": 14, "batch": 8, "micro_batch": 1},
-    "optimizer": {"learning_rate": 1e-3, "betas": [0.9, 0.95]},
-    "prune": {"target": {"hidden": 8, "ffn": 8}, "warmup_steps": 6},
-}
 WORDS = '[ ] { } " : , &a *a !! - NaN 1e999 null true ../ <<: ? | -1 0 1.5 "x" {} []'
 TOKENS = (*WORDS.split(" "), "\\", "\xe9", "\0", "\n", "\t", ": ", "- ", "9" * 400, "[" * 200)
-
-
-def folder_of(kind: str, path: Path) -> Callable[[], object]:
-    """A good input in ``path``, and what reads it."""
-    path.mkdir()
-    if kind == "config":
-        (path / "x.yaml").write_text(yaml.safe_dump(CONFIG))
-        return lambda: load(RunConfig, path / "x.yaml")
-    if kind == "override":
-        (path / "x.yaml").write_text(yaml.safe_dump(CONFIG))
-        (path / "override").write_text("data.weights={a: 1, b: 2}")
-        return lambda: load(RunConfig, path / "x.yaml", [(path / "override").read_text(errors="replace")])
-    if kind == "domains":
-        (path / "a.ds").write_bytes(bytes(64))
-        (path / "a.ds.index").write_bytes(bytes(8))
-        shard = Shard("a.ds", 32, 1, "0" * 64)
-        Manifest(str(path), "t", "0" * 64, 32, 2, None, 0, 0.1, {"a": Domain((shard,), ())}).write()
-        return lambda: Manifest.read(str(path))
-    if kind == "model":
-        draw = torch.Generator().manual_seed(0)
-        tensors = [(each.name, torch.randn(each.size, generator=draw)) for each in params(Architecture(SHAPE))]
-        write(path / "hf", Architecture(SHAPE), tensors)
-        return lambda: Weights.open(path / "hf", read_architecture(path / "hf"))
-    checkpoint = path / "step-00000003"
-    checkpoint.mkdir()
-    save_file({"a": torch.ones(3)}, checkpoint / "a.safetensors")
-    files = {"a.safetensors": {"bytes": (checkpoint / "a.safetensors").stat().st_size, "sha256": "0" * 64}}
-    (checkpoint / sharded.PROGRESS).write_text(sharded.sealed({"step": 3, "files": files, "state": {"health": {}}}))
-    return lambda: sharded.progress(checkpoint)
+MOST = 4 << 30  # bytes that a process may take beyond what it has
+LONGEST = 60  # seconds, by the clock, after which an input counts as one that hangs
 
 
 def damage(content: bytes, draw: random.Random) -> bytes:
@@ -106,33 +61,97 @@ def _places(value: object):  # type: ignore[no-untyped-def]
         yield from _places(value[key])  # type: ignore[index]
 
 
-SHARES = {"config": 0.2, "override": 0.1, "domains": 0.3, "model": 0.2, "checkpoint": 0.2}
+IN_PLACE: dict[str, Callable[[Path], object]] = {
+    "nothing": lambda _: None,
+    "a folder": Path.mkdir,
+    "a pipe": os.mkfifo,
+    "a link to nowhere": lambda file: file.symlink_to("nowhere"),
+    "a link to itself": lambda file: file.symlink_to(file),
+    "an endless device": lambda file: file.symlink_to("/dev/zero"),
+    "an empty file": lambda file: file.write_bytes(b""),
+    "zeros": lambda file: file.write_bytes(bytes(10_000)),
+    "no UTF-8": lambda file: file.write_bytes(b"\xff\xfe\x80" * 100),
+    "words": lambda file: file.write_text("some words\n" * 9),
+    "a list": lambda file: file.write_text("[1, 2]\n"),
+    "a number": lambda file: file.write_text("7\n"),
+    "an empty object": lambda file: file.write_text("{}\n"),
+    "deep lists": lambda file: file.write_text("[" * 100_000 + "]" * 100_000 + "\n"),
+    "deep objects": lambda file: file.write_text('{"a":' * 100_000 + "1" + "}" * 100_000 + "\n"),
+    "a large number": lambda file: file.write_text('{"a": ' + "9" * 100_000 + "}\n"),
+    "a long line": lambda file: file.write_text("x" * 5_000_000),
+}
+
+
+def hang(*_: object) -> None:
+    raise TimeoutError(f"not done after {LONGEST} seconds")
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    """Neither time nor memory without end: a test that fails must not take the machine with it."""
+    before = signal.signal(signal.SIGALRM, hang)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    (now,) = re.findall(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    resource.setrlimit(resource.RLIMIT_DATA, ((int(now) << 10) + MOST, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+class Told:
+    """What an input's readers say of damage."""
+
+    def __init__(self, read: Reader) -> None:
+        self.read, self.errors, self.slowest = read, list[str](), 0.0
+        self.most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KB
+
+    def ask(self, what: str) -> None:
+        began = time.process_time()
+        signal.alarm(LONGEST)
+        try:
+            self.read()
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            wrong = [f"{what}: {each}" for each in one_line(error)]
+            assert not wrong, wrong
+            self.errors.append(str(error))
+        finally:
+            signal.alarm(0)
+        self.slowest = max(self.slowest, time.process_time() - began)
+
+    def require_bounded(self) -> None:
+        assert self.slowest < 5
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.most < 500_000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "share"), SHARES.items(), ids=SHARES.keys())
-def test_damaged_input_is_read_or_refused_in_one_line(kind: str, share: float, tmp_path: Path) -> None:
-    read = folder_of(kind, tmp_path / kind)
-    read()
-    suffixes = {".yaml", ".json", ".safetensors"} if kind != "override" else {""}
-    targets = [file for file in (tmp_path / kind).rglob("*") if file.is_file() and file.suffix in suffixes]
-    draw, told, slowest = random.Random(f"{kind} 1"), [], 0.0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KB
-    for number in range(int(CASES * share)):
+@pytest.mark.parametrize("kind", INPUTS)
+def test_damaged_input_is_read_or_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    told, targets = Told(make(kind, tmp_path / kind)), files(tmp_path / kind)
+    draw, cases = random.Random(f"{kind} 1"), int(CASES * INPUTS[kind][1] / 100)
+    for number in range(cases):
         file = targets[number % len(targets)]
         good = file.read_bytes()
-        head = good[:4096]  # of safetensors, the header
+        end = len(good) if file.suffix in WHOLE else 4096  # of safetensors, the header
         by_value = file.suffix == ".json" and draw.random() < 0.5
-        file.write_bytes(swapped(good, draw) if by_value else damage(head, draw) + good[4096:])
-        began = time.process_time()
-        try:
-            read()
-        except ValueError as error:  # anything else fails the test
-            told.append(str(error))
-        finally:
+        file.write_bytes(swapped(good, draw) if by_value else damage(good[:end], draw) + good[end:])
+        told.ask(f"{file.relative_to(tmp_path)}, case {number}")
+        file.write_bytes(good)
+    told.require_bounded()
+    assert len(told.errors) > cases * 0.2
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_anything_in_place_of_an_input_is_read_or_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    told = Told(make(kind, tmp_path / kind))
+    for file in files(tmp_path / kind):
+        good = file.read_bytes()
+        for name, put in IN_PLACE.items():
+            file.unlink()
+            put(file)
+            told.ask(f"{name} in place of {file.relative_to(tmp_path)}")
+            file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink(missing_ok=True)
             file.write_bytes(good)
-        slowest = max(slowest, time.process_time() - began)
-    assert slowest < 5
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 500_000
-    assert len(told) > CASES * share * 0.3
-    assert not [text[:300] for text in told if "\n" in text or len(text) > 3000]
+    told.require_bounded()

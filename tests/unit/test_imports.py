@@ -27,10 +27,10 @@ ARROWS = {
         *("data", "pruning", "model", "parallel", "checkpoint"),
     },
     "explain": {"config"},
-    "report": {"config", "train"},
+    "report": {"config", "reading", "train"},
     "use": {"files", "reading", "hub", "progress", "data", "checkpoint"},
     "arguments": {"explain"},  # to complete keys
-    "forecast": {*NOUNS, "hub", "config", "data", "model", "parallel", "checkpoint", "train"},
+    "forecast": {*NOUNS, "reading", "hub", "config", "data", "model", "parallel", "checkpoint", "train"},
     "cli": {"arguments", "forecast", "use", "config", "explain", "data", "parallel", "train", "checkpoint", "report"},
     "__main__": {"cli"},
 }

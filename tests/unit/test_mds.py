@@ -1,11 +1,11 @@
 """The released code's token shards, written here as mosaicml-streaming lays them out, become prepared data."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from inputs import write_mds
 from tokenizers import Tokenizer, models
 
 from shear_tron import cli
@@ -13,24 +13,6 @@ from shear_tron.data.manifest import Manifest
 from shear_tron.data.sampler import Windows
 
 VOCABULARY = {"<s>": 1, "</s>": 2, "<unk>": 0} | {f"w{i}": i for i in range(3, 300)}
-
-
-def write_mds(folder: Path, shards: list[list[bytes]], **changes: Any) -> None:
-    """What MDSWriter(columns={"tokens": "bytes", "set": "str"}, compression=None) writes (version 0.13)."""
-    folder.mkdir(parents=True)
-    described = []
-    for number, samples in enumerate(shards):
-        columns = {"column_names": ["set", "tokens"], "column_encodings": ["str", "bytes"], "column_sizes": [None] * 2}
-        config = {"version": 2, "format": "mds", "compression": None, "hashes": [], "size_limit": 1 << 26, **columns}
-        text = json.dumps(config, sort_keys=True).encode()
-        name = folder.name.encode()
-        bodies = [np.array([len(name), len(each)], "<u4").tobytes() + name + each for each in samples]
-        places = np.cumsum([4 + 4 * (len(bodies) + 1) + len(text), *map(len, bodies)]).astype("<u4")
-        content = np.uint32(len(bodies)).tobytes() + places.tobytes() + text + b"".join(bodies)
-        file = {"basename": f"shard.{number:05d}.mds", "bytes": len(content), "hashes": {}}
-        (folder / str(file["basename"])).write_bytes(content)
-        described.append({**config, "samples": len(bodies), "raw_data": file, "zip_data": None, **changes})
-    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": described}))
 
 
 @pytest.fixture
@@ -78,10 +60,10 @@ def test_every_token_is_where_it_was(theirs: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"compression": "zstd"}, "compression=zstd; write the shards again without"),
+        ({"compression": "zstd"}, "compression='zstd'; write the shards again without"),
         ({"samples": 9}, "does not hold 9 samples; copy it again"),
-        ({"raw_data": {"basename": "../x.mds"}}, "outside its folder"),
-        ({"column_names": ["text", "set"]}, "describes no MDS shard with a column 'tokens'"),
+        ({"raw_data": {"basename": "../x.mds"}}, "no file of its folder"),
+        ({"column_names": ["text", "set"]}, "describes no MDS (shards.0: has no column 'tokens'); copy it again"),
         ({"column_encodings": ["str", "pkl"]}, "with tokens as bytes"),
         ({"version": 1}, "use MDS, version 2"),
     ],

@@ -1,18 +1,18 @@
 """Nothing that is loaded becomes code: no pickle in the sources, and a pickle in place of an input is refused."""
 
 import ast
+import io
 import pickle
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from inputs import INPUTS, files, make
 
-from shear_tron.checkpoint import sharded
-from shear_tron.checkpoint.huggingface import Weights, read_architecture
-from shear_tron.checkpoint.huggingface import write as write_model
-from shear_tron.checkpoint.safetensors_stream import open_file
-from shear_tron.config import load
-from shear_tron.data.manifest import Manifest
-from shear_tron.train.config import RunConfig
+from shear_tron.checkpoint.model_folder import open_model
+from shear_tron.use.network import load_transformers
 
 ROOT = Path(__file__).parents[2]
 LOADERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -56,37 +56,47 @@ def bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "bomb"
 
 
-def test_a_pickle_in_place_of_an_input_is_refused(bomb: Path, tmp_path: Path) -> None:
-    import torch
+def forms(bomb: Path) -> dict[str, bytes]:
+    """The ways in which libraries write pickles."""
+    array, archive = io.BytesIO(), io.BytesIO()
+    np.save(array, np.array([Bomb()], dtype=object), allow_pickle=True)
+    torch.save({"model": Bomb()}, archive)
+    return {"pickle": bomb.read_bytes(), "numpy": array.getvalue(), "torch": archive.getvalue()}
 
-    from shear_tron.architecture import Architecture
-    from shear_tron.params import params
-    from shear_tron.shape import Shape
 
-    architecture = Architecture(Shape(hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn=16, vocab=32))
-    write_model(tmp_path / "model", architecture, [(each.name, torch.ones(each.size)) for each in params(architecture)])
-    content = bomb.read_bytes()
-    (tmp_path / "data").mkdir()
-    (tmp_path / "step-00000003").mkdir()
-    places = {
-        tmp_path / "model" / "config.json": lambda: read_architecture(tmp_path / "model"),
-        tmp_path / "model" / "model.safetensors": lambda: Weights.open(tmp_path / "model", architecture),
-        tmp_path / "data" / "domains.json": lambda: Manifest.read(str(tmp_path / "data")),
-        tmp_path / "step-00000003" / sharded.PROGRESS: lambda: sharded.progress(tmp_path / "step-00000003"),
-        tmp_path / "x.safetensors": lambda: open_file(tmp_path / "x.safetensors"),
-        tmp_path / "x.yaml": lambda: load(RunConfig, tmp_path / "x.yaml"),
-    }
-    for file, read in places.items():
-        good = file.read_bytes() if file.exists() else None
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=file.name):
-            read()
-        if good is not None:
-            file.write_bytes(good)
-    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
-    (tmp_path / "model" / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(ValueError, match="pickled weights are never loaded"):
-        Weights.open(tmp_path / "model", architecture)
+@pytest.mark.parametrize("kind", INPUTS)
+def test_a_pickle_in_place_of_an_input_is_no_code(kind: str, bomb: Path, tmp_path: Path) -> None:
+    read, told = make(kind, tmp_path / kind), 0
+    for file in files(tmp_path / kind):
+        good = file.read_bytes()
+        for content in forms(bomb).values():
+            file.write_bytes(content)
+            try:
+                read()
+            except ValueError as error:
+                told += file.name in str(error)
+            assert not (tmp_path / "exploded").exists(), file
+        file.write_bytes(good)
+    assert told, "no answer names a file"
+
+
+def test_pickled_weights_are_not_looked_at(bomb: Path, tmp_path: Path) -> None:
+    for name in ("model", "network"):
+        make(name, tmp_path / name)
+    for folder in (tmp_path / "model" / "one", tmp_path / "network" / "hf"):
+        (folder / "model.safetensors").unlink()
+        shutil.copy(bomb, folder / "pytorch_model.bin")
+        for read in (open_model, lambda place: load_transformers(str(place), torch.float32)):
+            with pytest.raises(ValueError, match="pickled weights are never loaded"):
+                read(folder)
     assert not (tmp_path / "exploded").exists()
-    pickle.loads(content)
-    assert (tmp_path / "exploded").exists()  # the bomb is one
+
+
+def test_the_bomb_is_one(bomb: Path, tmp_path: Path) -> None:
+    for name, load in {
+        "pickle": pickle.load,
+        "numpy": lambda file: np.load(file, allow_pickle=True),
+        "torch": lambda file: torch.load(file, weights_only=False),
+    }.items():
+        load(io.BytesIO(forms(bomb)[name]))
+        (tmp_path / "exploded").unlink()

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from shear_tron.checkpoint import sharded
 from shear_tron.data.sampler import Batches
+from shear_tron.parallel.agree import require_all
+from shear_tron.parallel.topology import rank
 from shear_tron.train import saved
 from shear_tron.train.moments import go_on_with, start_from
 from shear_tron.train.optimizer import moments, set_updates, start_moments
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
 def resume(trainer: "Trainer") -> int | None:
     """Go on from the newest checkpoint. Returns its step; None where there is none. Collective."""
-    checkpoint = trainer.checkpointer.latest()
+    checkpoint = trainer.checkpointer.newest()
+    seen = checkpoint is None or (checkpoint / sharded.PROGRESS).is_file()
+    require_all(None if seen else f"rank {rank()} has no {checkpoint}; give a run folder that all ranks share")
     if checkpoint is None:
         named: dict[str, Tensor] = {name: p for stage in trainer.stages for name, p in stage.named_parameters()}
         tensors = moments(trainer.optimizer, named)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run
 from runs import as_under_torchrun, final_state
 
@@ -171,6 +172,19 @@ def on_ranks(arguments: list[str]) -> int:
     """What torchrun does: the same command on every rank (which has joined the process group already)."""
     as_under_torchrun()
     return cli.main(arguments)
+
+
+def on_ranks_with_folders_of_their_own(arguments: list[str], folders: list[str]) -> int:
+    return on_ranks([*arguments, f"run={folders[dist.get_rank()]}"])
+
+
+def test_a_run_whose_folder_not_all_ranks_have_does_not_go_on(trained: Path, world: Path, tmp_path: Path) -> None:
+    """Some would go on from the checkpoint, others begin anew."""
+    shutil.copytree(trained, tmp_path / "run")
+    arguments = ["train", str(world / "prune.yaml"), *STEPS, "train.steps=4", "parallel.replicate=2"]
+    folders = [str(tmp_path / "run"), str(tmp_path / "other")]
+    assert run(2, on_ranks_with_folders_of_their_own, arguments, folders) == [1, 1]
+    assert sharded.step_of(sharded.latest(tmp_path / "run") or Path()) == 3
 
 
 @pytest.mark.parametrize("moments", ["false", "true"], ids=["weights", "moments"])

@@ -11,6 +11,7 @@ from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.remote import Remote, fetch_latest
 from shear_tron.config import ConfigError
 from shear_tron.config import save as save_config
+from shear_tron.files import write_atomically
 from shear_tron.parallel.agree import require_all
 from shear_tron.parallel.topology import Topology
 from shear_tron.reading import parse_yaml, read_text, short
@@ -46,7 +47,7 @@ def claim_run_folder(config: RunConfig, allowed: tuple[str, ...] = ()) -> list[s
             raise ConfigError(f"--allow-change {key}: only {', '.join(ON_PURPOSE)} may change in a run that goes on")
     if sharded.latest(run) is None:
         return []  # nothing to go on from: a run that ended before its first checkpoint binds nobody
-    before, now = _saved(run / CONFIG), config.model_dump(mode="json")
+    before, now = _saved(_config_of_newest(run)), config.model_dump(mode="json")
     changed = []
     for key in _differences(before, now):
         if _within(key, MAY_CHANGE):
@@ -96,13 +97,25 @@ def claimed(config: RunConfig, topology: Topology) -> Iterator[None]:
 
 
 def record_config(config: RunConfig, step: int) -> None:
-    """Write the config, and keep the one before it where the two differ in more than free keys."""
+    """Write the config, and keep the one that made the checkpoint of ``step`` if they differ in more than free keys."""
     file = Path(config.run) / CONFIG
-    if step and file.exists():
+    kept = _until(Path(config.run), step)
+    if step and file.exists() and not kept.exists():
         before = _saved(file)
         if any(not _within(key, MAY_CHANGE) for key in _differences(before, config.model_dump(mode="json"))):
-            os.replace(file, file.with_name(f"config.until-step-{step:08d}.yaml"))
+            write_atomically(kept, file.read_bytes())
     save_config(config, file)
+
+
+def _until(run: Path, step: int) -> Path:
+    return run / f"config.until-step-{step:08d}.yaml"
+
+
+def _config_of_newest(run: Path) -> Path:
+    """The config that made the newest checkpoint: not the last one that was tried, if that came to no checkpoint."""
+    newest = sharded.latest(run)
+    kept = None if newest is None else _until(run, sharded.step_of(newest))
+    return kept if kept is not None and kept.exists() else run / CONFIG
 
 
 def _require_own_folder(config: RunConfig) -> None:

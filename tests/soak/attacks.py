@@ -11,6 +11,7 @@ import os
 import resource
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -53,6 +54,31 @@ def nan_weight(world: Path) -> None:
     save_file(weights, world / "model" / "model.safetensors", metadata={"format": "pt"})
 
 
+def strange_tokens(world: Path) -> None:
+    for file in (world / "data").rglob("train/*.ds"):
+        file.write_bytes(b"\xff" * file.stat().st_size)
+
+
+def flip(pattern: str) -> Callable[[Path], None]:
+    """A bit, in the middle of the first such file."""
+
+    def flipped(world: Path) -> None:
+        file = sorted(world.glob(pattern))[0]
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    return flipped
+
+
+def held(world: Path) -> None:
+    """By another process, which ends with this one."""
+    lock = world / "prune" / ".lock"
+    holder = f"import fcntl, sys; fcntl.flock(open({str(lock)!r}, 'a'), 2); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holder]
+    assert subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE).stdout.read(1)  # type: ignore[union-attr]
+
+
 def unfolding_line(world: Path) -> None:
     """A line of a gigabyte in a megabyte, and a good one after it."""
     with gzip.open(world / "text" / "bomb.jsonl.gz", "wb", compresslevel=6) as out:
@@ -81,6 +107,8 @@ HEAD = """# Attacks, and their answers
 
 Made by `python tests/soak/attacks.py > docs/attacks.md`: commands of an attack on an early version, where `prune.yaml`
 is a tiny pruning run. Tests hold every one of them ([reliability.md](reliability.md)); here is what a user reads.
+D3, D5, D6, D9 and D11 (folders called like checkpoints, errors of other ranks, signals, full disks, what killed
+processes leave) take more than a line: `end_to_end/test_truth.py`, `test_stopping.py` and `test_formats.py` do them.
 
 | attack | command | answer |
 |---|---|---|"""
@@ -89,12 +117,20 @@ ATTACKS: list[tuple[str, Callable[[Path], None] | None, str]] = [
     ("D1 a rate that diverges", None, f"train prune.yaml run=d1 {WILD.format('1e3')}"),
     ("D1 and one that ends in NaN", None, f"train prune.yaml run=d1 {WILD.format('1e12')}"),
     ("D1 a NaN weight in the source", nan_weight, "train prune.yaml run=d1"),
+    ("D2 ids outside the vocabulary", strange_tokens, "train prune.yaml run=d2"),
+    ("D4 two runs in a folder", held, "train prune.yaml train.steps=4"),
+    ("D7 a bit of a checkpoint", flip("prune/checkpoints/*/*.safetensors"), "train prune.yaml train.steps=4"),
+    ("D7 and extracted", flip("prune/checkpoints/*/*.safetensors"), "extract prune small"),
+    ("D7 a digit of progress.json", flip("prune/checkpoints/*/progress.json"), "train prune.yaml train.steps=4"),
+    ("D7 a bit of the data", flip("data/*/train/*.ds"), "verify data"),
+    ("D7 a bit of an index", flip("data/*/train/*.index"), "train prune.yaml run=d7 data.verify=true"),
     ("D8 a bomb of aliases", write("bomb.yaml", BOMB), "train bomb.yaml"),
     ("D8 a long value", None, "train prune.yaml train.steps=" + "x" * 5000),
     ("D10 wrong types", edit("data/domains.json", set_("vocab", "many")), "train prune.yaml run=d10"),
     ("D10 a missing key", edit("data/domains.json", lambda all_: all_.pop("domains")), "train prune.yaml run=d10"),
     ("D10 deep nesting", write("data/domains.json", '{"a": ' + "[" * 99999), "train prune.yaml run=d10"),
     ("D10 progress.json", write("prune/checkpoints/step-00000002/progress.json", '{"step": "2"}'), "train prune.yaml"),
+    ("D9 a damaged line of the log", write("prune/metrics.jsonl", "{\n{}\n"), "report prune"),
     ("D10 half a config in a run", write("prune/config.yaml", "run: [pru"), "train prune.yaml"),
     ("D10 a model that is a file", None, "train prune.yaml run=d10 model=prune.yaml"),
     ("D10 weights of domains", None, "train prune.yaml run=d10 'data.weights={colours: -1, trees: .nan}'"),

@@ -117,3 +117,15 @@ def test_targets_scripts_and_extras_exist() -> None:
                     f"{where}: no extra {e}" for e in extras.split(",") if e not in project["optional-dependencies"]
                 ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_promise_names_a_test_that_is_there() -> None:
+    """`folder/test_x.py::test_y`; `::test_y` is of the file that was named last."""
+    place, found = "", 0
+    for file, name in re.findall(r"`(\w+/test_\w+\.py)?(?:::(test_\w+))?`", (ROOT / "docs/reliability.md").read_text()):
+        place = file or place
+        if place:
+            found += 1
+            text = (ROOT / "tests" / place).read_text()
+            assert not name or f"def {name}(" in text, f"{place}::{name}"
+    assert found > 25

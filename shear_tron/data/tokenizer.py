@@ -42,7 +42,9 @@ class Tokenizer:
         parts = read_json(file)
         try:
             self._library: Any = Library.from_str(read_text(file))
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:  # the library raises bare Exception, and where it panics not even that
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             reason = in_one_line(error)
             raise ValueError(f"tokenizer={file} cannot be read ({reason}); use a complete tokenizer.json") from None
         self._library.no_truncation()

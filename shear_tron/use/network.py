@@ -59,7 +59,9 @@ def load_words(folder: str | Path) -> Any:
     try:
         require_files(folder)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever transformers comes upon in a damaged folder
+    except BaseException as error:  # whatever transformers comes upon in a damaged folder; a panic is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise ValueError(f"the tokenizer of {folder} cannot be read ({in_one_line(error)})") from None
 
 

@@ -1,6 +1,7 @@
 """Ids are the tokenizer library's own, for both kinds of tokenizer files."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,12 @@ def test_a_tokenizer_without_eos_asks_for_a_separator(tmp_path: Path) -> None:
         prepare(settings)
     with pytest.raises(ValueError, match="names no bos token; use bos=false"):
         prepare(settings.model_copy(update={"bos": True, "separator": "b"}))
+
+
+def test_a_tokenizer_that_its_library_panics_at_is_refused(tmp_path: Path) -> None:
+    library = Library(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    content = json.loads(library.to_str())
+    content["model"]["continuing_subword_prefix"] = "0" * 5000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read .*; use a complete tokenizer.json"):
+        Tokenizer(str(tmp_path))

@@ -107,7 +107,7 @@ class Told:
         self.most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KB
 
     def ask(self, what: str) -> None:
-        began = time.process_time()
+        began, at = time.process_time(), time.monotonic()
         signal.alarm(LONGEST)
         try:
             self.read()
@@ -119,6 +119,7 @@ class Told:
             self.errors.append(str(error))
         finally:
             signal.alarm(0)
+        assert time.monotonic() - at < LONGEST, f"{what}: hangs"  # whoever caught the alarm
         self.slowest = max(self.slowest, time.process_time() - began)
 
     def require_bounded(self) -> None:

@@ -1,5 +1,6 @@
 """Law 5: saved in one layout and loaded in another is never saved: every tensor is the same, to the bit."""
 
+import os
 import resource
 import shutil
 import time
@@ -193,6 +194,35 @@ def killed_while_removing(folder: str) -> list[str]:
         sharded.verify(checkpoint)
     checkpointer = Checkpointer(Path(folder), keep=1)
     return [path.name for path in [*left, *(Path(folder) / sharded.FOLDER).iterdir()]]
+
+
+def order_of_writes(folder: str) -> list[str]:
+    """Of a save: what went to the disk and what got its name, in order."""
+    start(Layout(), torch.device("cpu"))
+    told: list[str] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def name(path: object) -> str:
+        return Path(str(path)).name
+
+    def fsync_(descriptor: int) -> None:
+        told.append(f"sync {name(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+        fsync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync_)
+        patch.setattr(os, "rename", lambda old, new: (told.append(f"name {name(new)}"), rename(old, new)))
+        patch.setattr(os, "replace", lambda old, new: (told.append(f"name {name(new)}"), replace(old, new)))
+        Checkpointer(Path(folder), keep=1).save(1, {"a": torch.ones(3)}, {})
+    return told
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path: Path) -> None:
+    (told,) = run(1, order_of_writes, str(tmp_path))
+    tensors, progress, *rest = told
+    assert tensors.startswith("sync shard-")
+    assert progress.startswith("sync .progress.json.")
+    assert rest == ["name progress.json", "sync step-00000001.partial", "name step-00000001", "sync checkpoints"]
 
 
 def test_a_checkpoint_that_is_half_removed_is_none(tmp_path: Path) -> None:

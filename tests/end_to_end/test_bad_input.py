@@ -36,6 +36,12 @@ OVERRIDES = {
     "unknown domain": (["data.weights={colours: 1, treees: 1}"], "domain 'treees' is not in"),
     "weights of no run": (["data.weights=nowhere"], "data.weights=nowhere is not a folder; give the folder of"),
     "sequence too long": (["data.sequence=65"], "data.sequence=65 is longer than the model's context=64"),
+    "a weight below 0": (["data.weights={colours: -1}"], "data.weights.colours=-1: Input should be greater than or"),
+    "a weight that is no number": (["data.weights={colours: .nan}"], "colours=nan: Input should be a finite number"),
+    "memories of 1 and 2": (
+        ["optimizer.betas=[1,2]"],
+        "(1) optimizer.betas.0=1: Input should be less than 1",
+    ),
     "misspelt key": (["train.step=3"], "unknown key 'train.step'; did you mean 'steps'?"),
     "misspelt section": (["parallell.tp=2"], "unknown key 'parallell'; did you mean 'parallel'?"),
     "wrong type": (["train.steps=many"], "train.steps='many'"),

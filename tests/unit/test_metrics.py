@@ -39,6 +39,14 @@ def test_a_resumed_log_forgets_what_was_undone(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics.read_gates(tmp_path)] == [1]
 
 
+def test_damaged_lines_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    """What is no step goes; a step stays even if a report would refuse it: nothing of a log is thrown away unasked."""
+    damaged = ["[1]", "7", '"rewind"', '{"step": "x"}', '{"run": []}', "[" * 100_000, '{"step": 1e999}', '{"st']
+    write(tmp_path, '{"step": 1, "loss": "of a later version"}', *damaged, '{"step": 2}', '{"step": 3}', "")
+    Log(tmp_path, 2, 9, "training", is_main=True).close()
+    assert (tmp_path / LOG).read_text() == '{"step": 1, "loss": "of a later version"}\n{"step": 2}\n'
+
+
 def test_what_the_model_was_before_the_first_step_is_no_step_and_stays(tmp_path: Path) -> None:
     for loss in (3.0, 2.5):  # the second time after a stop that left no checkpoint
         log = Log(tmp_path, 0, 9, "training", is_main=True)

@@ -238,12 +238,13 @@ def _require_whole(
         for which in ("expected", "target")
         if f"expected_{sparsity_key(kind)}" in lines[-1]
     ]
+    log = run / metrics.LOG
     found = [(f"step {line['step']}", line, (*STEP, *of_masks)) for line in lines]
     for what, values, keys in [*found, *(("the record of the run", header, HEADER) for header in headers)]:
         if absent := [key for key in keys if key not in values]:
-            raise ConfigError(f"{run / metrics.LOG} is damaged ({what} lacks {', '.join(absent)}); restore it")
+            raise ConfigError(f"{log} is damaged ({what} lacks {', '.join(absent)}); restore it")
         if strange := sorted(set(values.get("multipliers", {})) - set(SPARSITIES)):
-            raise ConfigError(f"{run / metrics.LOG} is damaged ({what} has a multiplier of {strange[0][:60]!r})")
+            raise ConfigError(f"{log} is damaged ({what} has a multiplier of {strange[0][:60]!r}); restore it")
     for snapshot in snapshots:
         layers = {len(snapshot[kind]) for kind in PER_LAYER if kind in snapshot}
         if not headers or layers - {headers[-1]["shape"]["layers"]}:

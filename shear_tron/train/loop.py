@@ -90,7 +90,7 @@ class Trainer:
         self.held_out = HeldOut(inputs.manifest, inputs.names, self.config.data, self.engine, topology, self.share)
         if self.config.data.verify:
             verify_together(inputs.manifest, topology)
-        sharded.require_finite(self.tensors(), f"{self.config.model} cannot be trained")
+        sharded.require_finite(self.tensors(), f"{self.config.model} cannot be trained, fetch it again")
 
     def fit(self) -> dict[str, float]:
         """Train to the last step, from the newest checkpoint if there is one. Returns final held-out losses.

@@ -49,7 +49,10 @@ def load_transformers(model: str, dtype: torch.dtype) -> Any:
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever transformers comes upon in a damaged folder
-        raise ValueError(f"{model} cannot be opened ({in_one_line(error)}); pickled weights are never loaded") from None
+        reason = in_one_line(error)
+        raise ValueError(
+            f"{model} cannot be opened ({reason}); fetch it again, as safetensors: pickled weights are never loaded"
+        ) from None
 
 
 def load_words(folder: str | Path) -> Any:
@@ -62,7 +65,7 @@ def load_words(folder: str | Path) -> Any:
     except BaseException as error:  # whatever transformers comes upon in a damaged folder; a panic is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise ValueError(f"the tokenizer of {folder} cannot be read ({in_one_line(error)})") from None
+        raise ValueError(f"the tokenizer of {folder} cannot be read ({in_one_line(error)}); fetch it again") from None
 
 
 def _filled(model: Model, dtype: torch.dtype) -> Any:

@@ -181,7 +181,7 @@ def on_ranks_with_folders_of_their_own(arguments: list[str], folders: list[str])
 def test_a_run_whose_folder_not_all_ranks_have_does_not_go_on(trained: Path, world: Path, tmp_path: Path) -> None:
     """Some would go on from the checkpoint, others begin anew."""
     shutil.copytree(trained, tmp_path / "run")
-    arguments = ["train", str(world / "prune.yaml"), *STEPS, "train.steps=4", "parallel.replicate=2"]
+    arguments = ["train", str(world / "prune.yaml"), *STEPS, "train.steps=4", "parallel.dp=2"]
     folders = [str(tmp_path / "run"), str(tmp_path / "other")]
     assert run(2, on_ranks_with_folders_of_their_own, arguments, folders) == [1, 1]
     assert sharded.step_of(sharded.latest(tmp_path / "run") or Path()) == 3

@@ -4,6 +4,7 @@ Every attack ends with one line of ours on stderr and a status that is not 0, or
 """
 
 import contextlib
+import fcntl
 import gzip
 import io
 import json
@@ -11,7 +12,6 @@ import os
 import resource
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -30,6 +30,7 @@ WILD = "optimizer.learning_rate={} train.steps=8 checkpoint.every=1 prune=null d
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
+MORE = "train prune.yaml prune.warmup_steps=1 train.steps=4"
 LINE = 1 << 30  # bytes of one line in a .gz
 
 
@@ -72,11 +73,10 @@ def flip(pattern: str) -> Callable[[Path], None]:
 
 
 def held(world: Path) -> None:
-    """By another process, which ends with this one."""
-    lock = world / "prune" / ".lock"
-    holder = f"import fcntl, sys; fcntl.flock(open({str(lock)!r}, 'a'), 2); print(flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", holder]
-    assert subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE).stdout.read(1)  # type: ignore[union-attr]
+    """Its lock, as by another process."""
+    lock = os.open(world / "prune" / ".lock", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    os.write(lock, b"process 4711 on node-3")
+    fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def unfolding_line(world: Path) -> None:
@@ -118,19 +118,19 @@ ATTACKS: list[tuple[str, Callable[[Path], None] | None, str]] = [
     ("D1 and one that ends in NaN", None, f"train prune.yaml run=d1 {WILD.format('1e12')}"),
     ("D1 a NaN weight in the source", nan_weight, "train prune.yaml run=d1"),
     ("D2 ids outside the vocabulary", strange_tokens, "train prune.yaml run=d2"),
-    ("D4 two runs in a folder", held, "train prune.yaml train.steps=4"),
-    ("D7 a bit of a checkpoint", flip("prune/checkpoints/*/*.safetensors"), "train prune.yaml train.steps=4"),
+    ("D4 two runs in a folder", held, MORE),
+    ("D7 a bit of a checkpoint", flip("prune/checkpoints/*/*.safetensors"), MORE),
     ("D7 and extracted", flip("prune/checkpoints/*/*.safetensors"), "extract prune small"),
-    ("D7 a digit of progress.json", flip("prune/checkpoints/*/progress.json"), "train prune.yaml train.steps=4"),
+    ("D7 a digit of progress.json", flip("prune/checkpoints/*/progress.json"), MORE),
     ("D7 a bit of the data", flip("data/*/train/*.ds"), "verify data"),
     ("D7 a bit of an index", flip("data/*/train/*.index"), "train prune.yaml run=d7 data.verify=true"),
     ("D8 a bomb of aliases", write("bomb.yaml", BOMB), "train bomb.yaml"),
     ("D8 a long value", None, "train prune.yaml train.steps=" + "x" * 5000),
+    ("D9 a damaged line of the log", write("prune/metrics.jsonl", "{\n{}\n"), "report prune"),
     ("D10 wrong types", edit("data/domains.json", set_("vocab", "many")), "train prune.yaml run=d10"),
     ("D10 a missing key", edit("data/domains.json", lambda all_: all_.pop("domains")), "train prune.yaml run=d10"),
     ("D10 deep nesting", write("data/domains.json", '{"a": ' + "[" * 99999), "train prune.yaml run=d10"),
     ("D10 progress.json", write("prune/checkpoints/step-00000002/progress.json", '{"step": "2"}'), "train prune.yaml"),
-    ("D9 a damaged line of the log", write("prune/metrics.jsonl", "{\n{}\n"), "report prune"),
     ("D10 half a config in a run", write("prune/config.yaml", "run: [pru"), "train prune.yaml"),
     ("D10 a model that is a file", None, "train prune.yaml run=d10 model=prune.yaml"),
     ("D10 weights of domains", None, "train prune.yaml run=d10 'data.weights={colours: -1, trees: .nan}'"),

@@ -53,10 +53,11 @@ def claim_run_folder(config: RunConfig, allowed: tuple[str, ...] = ()) -> list[s
         if _within(key, MAY_CHANGE):
             continue
         if not _within(key, allowed):
-            fix = f"--allow-change {key}" if _within(key, ON_PURPOSE) else "choose another run folder"
+            named = " ".join(key.split())[:100]
+            fix = f"--allow-change {named}" if _within(key, ON_PURPOSE) else "choose another run folder"
             was, is_now = short(_at(before, key)), short(_at(now, key))
             raise ConfigError(
-                f"{config.run} holds a run with another {key} ({was}, now {is_now}); {fix}, or delete this one"
+                f"{config.run} holds a run with another {named} ({was}, now {is_now}); {fix}, or delete this one"
             )
         changed.append(key)
     return changed
@@ -167,7 +168,7 @@ def _differences(before: object, now: object, prefix: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict) and prefix not in ("data.weights", "data.reference_losses"):
         keys = [*now, *(key for key in before if key not in now)]
         dot = prefix + "." if prefix else ""
-        return [found for key in keys for found in _differences(before.get(key), now.get(key), dot + key)]
+        return [found for key in keys for found in _differences(before.get(key), now.get(key), f"{dot}{key}")]
     return [] if before == now else [prefix]
 
 

@@ -55,3 +55,13 @@ def test_a_run_that_is_killed_while_its_config_changes_is_not_locked_out(
     with pytest.raises(KeyboardInterrupt):
         record_config(config(run, 2.0), 3)
     assert claim_run_folder(config(run, 2.0), ALLOWED) == ["data.weights"]
+
+
+@pytest.mark.parametrize("key", ["1", "[]", "x" * 5000, '"a\\nb"'])
+def test_a_saved_config_with_strange_keys_is_another_one(run: Path, key: str) -> None:
+    with (run / "config.yaml").open("a") as file:
+        file.write(f"? {key}\n: 2\n")
+    with pytest.raises(ConfigError, match=r"choose another run folder|not YAML") as error:
+        claim_run_folder(config(run, 1.0))
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value).replace(str(run), "")) < 300

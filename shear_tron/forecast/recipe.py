@@ -13,7 +13,6 @@ from shear_tron.train.config import RunConfig
 from shear_tron.train.show import said
 
 GB = 1e9
-STAGE2_TOKENS = 50e9  # the paper's, where nothing else is said
 STAGE2_BATCH = 2**20  # tokens
 
 

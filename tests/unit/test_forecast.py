@@ -177,6 +177,6 @@ def test_what_does_not_fit_is_said_with_what_would_make_it_fit(
 
 
 def test_numbers_with_units(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [number(text) for text in ("1.3B", "135m", "2e9", "50b")] == [1.3e9, 135e6, 2e9, 50e9]
+    assert [number(text) for text in ("1.3B", "135m", "2e9", "40k")] == [1.3e9, 135e6, 2e9, 40e3]
     assert cli.main(["plan", "--model", "llama-2-7b", "--parameters", "large"]) == 2
     assert "'large' is not a number" in capsys.readouterr().err

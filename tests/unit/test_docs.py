@@ -102,6 +102,17 @@ def test_what_takes_a_moment_runs(capsys: pytest.CaptureFixture[str], monkeypatc
     assert len(ran) >= 5
 
 
+def test_files_named_on_pages_exist() -> None:
+    named = re.compile(r"`((?:shear_tron|kernels|tests|examples)/[\w./-]+\.(?:py|yaml|md|ipynb|sbatch))`")
+    wrong = [
+        f"{page.relative_to(ROOT)}: no file {name}"
+        for page in PAGES
+        for name in named.findall(page.read_text())
+        if not (ROOT / name).exists() and "NAME" not in name
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_targets_scripts_and_extras_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

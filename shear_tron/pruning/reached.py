@@ -1,8 +1,8 @@
 """Whether masks came to where they were to go, before the target's counts are cut out by force.
 
 ``Method.decide`` keeps exactly the target's counts, whatever the gates say. Where they still say something else, it
-cuts units that are open or keeps closed ones, and the model breaks. So the share of units expected to be closed is compared with the
-target's.
+cuts units that are open or keeps closed ones, and the model breaks. So the share of units expected to be closed is
+compared with the target's.
 """
 
 from shear_tron.masks import Masks

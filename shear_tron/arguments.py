@@ -68,7 +68,7 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
     """What each verb takes."""
     if verb in OVERRIDABLE:
         sub.add_argument("config", help="YAML file")
-        overrides: Any = sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+        overrides: Any = sub.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
         overrides.completer = lambda **_: [f"{key}=" for key in _keys(verb)]
     if verb == "config":
         key: Any = sub.add_argument("key", nargs="?", default="", metavar="section.key", help="default: all")

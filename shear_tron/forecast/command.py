@@ -40,7 +40,7 @@ def number(text: str) -> float:
     try:
         return float(text[:-1]) * unit if unit else float(text)
     except ValueError:
-        raise ConfigError(f"{text!r} is not a number; write 1300000000, 1.3e9 or 1.3B") from None
+        raise ConfigError(f"{text!r} is not a number; write 1300000000, 1.3e9 or 1.3B (K, M, B, T)") from None
 
 
 def _stages(files: list[str], overrides: list[str], gpus: int) -> list[Stage]:

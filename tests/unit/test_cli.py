@@ -160,3 +160,6 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main([])
     assert capsys.readouterr().err.splitlines()[-1] == "shear-tron: error: the following arguments are required: VERB"
+    with pytest.raises(SystemExit):
+        cli.main(["train"])
+    assert capsys.readouterr().err.endswith("error: the following arguments are required: config\n")

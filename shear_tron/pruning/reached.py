@@ -31,4 +31,6 @@ def missed(expected: Masks, source: Shape, target: Shape) -> dict[str, tuple[flo
 def told(missed: dict[str, tuple[float, float]]) -> str:
     """A sentence about it, without an end."""
     kinds = ", ".join(f"{kind} {closed:.2f} of {wanted:.2f}" for kind, (closed, wanted) in missed.items())
-    return f"the masks missed the target (closed: {kinds}), so units were cut that are open, or kept that are closed"
+    cut = ["cut that are open"] if any(closed < wanted for closed, wanted in missed.values()) else []
+    kept = ["kept that are closed"] if any(closed > wanted for closed, wanted in missed.values()) else []
+    return f"the masks missed the target (closed: {kinds}), so units were {' and others '.join(cut + kept)}"

@@ -28,27 +28,26 @@ VERBS = {
 }
 OVERRIDABLE = ("prepare", "show", "cache-teacher", "train", "reference-loss")  # they read a config
 EXAMPLE = """\
-example, on one machine with two ranks:
-  shear-tron prepare prepare.yaml
-  shear-tron train prune.yaml --nproc 2 train.steps=400
-  shear-tron extract runs/prune models/small
+example: shear-tron prepare prepare.yaml
+         shear-tron train prune.yaml --nproc 2 train.steps=400
 """
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The verb and its arguments. Exits with a usage line where they are wrong."""
+    listed = "\n".join(f"  {verb:16}{text}" for verb, text in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="shear-tron",
-        usage="shear-tron VERB ... | --version | --help",
-        description="Shear a large language model down to a shape you choose.",
+        usage="shear-tron VERB ... | [VERB] --help | --version",
+        description=f"Shear a large language model down to a shape you choose. Verbs:\n{listed}",
         epilog=EXAMPLE,
         add_help=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=20),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    hidden = argparse.SUPPRESS  # the usage names them
+    hidden = argparse.SUPPRESS  # usage and description name them
     parser.add_argument("-h", "--help", action="help", help=hidden)
     parser.add_argument("--version", action="version", version=f"shear-tron {_version()}", help=hidden)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="", title="verbs (VERB --help tells more)")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", prog=parser.prog, help=hidden)
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
         _arguments(verb, sub)
@@ -69,7 +68,7 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
     """What each verb takes."""
     if verb in OVERRIDABLE:
         sub.add_argument("config", help="YAML file")
-        overrides: Any = sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+        overrides: Any = sub.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
         overrides.completer = lambda **_: [f"{key}=" for key in _keys(verb)]
     if verb == "config":
         key: Any = sub.add_argument("key", nargs="?", default="", metavar="section.key", help="default: all")
@@ -78,13 +77,13 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--markdown", action="store_true", help="the whole reference, as docs/config.md has it")
     if verb == "plan":
         sub.add_argument("given", nargs="*", metavar="CONFIG", help="of one run or of both stages; and overrides")
-        sub.add_argument("--gpus", type=int, default=8)
-        sub.add_argument("--gpu", default="h100", help="a line of the table of devices")
-        sub.add_argument("--gpus-per-node", type=int, default=None)
+        sub.add_argument("--gpus", type=int, default=8, help="how many; default: 8")
+        sub.add_argument("--gpu", default="h100", help="a line of the table of devices; default: h100")
+        sub.add_argument("--gpus-per-node", type=int, default=None, help="default: the table's")
         sub.add_argument("--devices", default=None, help="your table; default: shear_tron/forecast/devices.yaml")
         sub.add_argument("--model", default=None, help="without a config: a model's folder, Hub id or known name")
         sub.add_argument("--parameters", default=None, help="without a config: size of the target, such as 1.3B")
-        sub.add_argument("--tokens", default="50B", help="of stage 2, where it has no config")
+        sub.add_argument("--tokens", default="50B", help="of stage 2, where it has no config; default: 50B")
     if verb == "init":
         sub.add_argument("model", help="Hugging Face folder or Hub id (org/name)")
         sub.add_argument("--target", required=True, help="parameters to shear to, such as 3B")
@@ -121,8 +120,10 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--step", type=int, default=None, help="checkpoint to take; default: the newest")
         sub.add_argument("--model", default=None, help="where the run's source model is; default: where it was")
         sub.add_argument("--tokenizer", default=None, help="where its tokenizer is; default: where it was")
-        sub.add_argument("--to", choices=["huggingface", "nanotron", "gguf"], default="huggingface")
-        sub.add_argument("--flavour", choices=["main", "0.4"], default="main", help="of nanotron")
+        sub.add_argument(
+            "--to", choices=["huggingface", "nanotron", "gguf"], default="huggingface", help="default: huggingface"
+        )
+        sub.add_argument("--flavour", choices=["main", "0.4"], default="main", help="of nanotron; default: main")
         sub.add_argument("--tp", type=int, default=1, help="pieces of every tensor, for nanotron; any can be read")
         sub.add_argument("--samples", type=int, default=0, help="of the run's next samples to hand to nanotron")
     if verb == "import":
@@ -132,24 +133,24 @@ def _arguments(verb: str, sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--held-out", metavar="FOLDER", help="MDS folder of the held-out samples, such as `eval`")
         sub.add_argument("--target", help="to cut LLM-Shearing's masked model to: hidden=..,layers=..,heads=..,ffn=..")
     if verb in ("extract", "export", "import"):
-        default = None if verb == "import" else "float32"  # None: as it is stored
+        default = None if verb == "import" else "float32"
         q8_0 = [] if verb == "import" else ["q8_0"]  # of GGUF
-        sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16", *q8_0], default=default)
-
+        text = f"of the weights written; default: {default or 'as they are stored'}"
+        sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16", *q8_0], default=default, help=text)
     if verb == "eval":
         sub.add_argument("models", nargs="+", metavar="model", help="folder (Hugging Face, nanotron) or Hub id")
         sub.add_argument("data", help="made by `shear-tron prepare` with the models' tokenizer")
         sub.add_argument("--sequence", type=int, default=2048, help="tokens of a window; default: 2048")
         sub.add_argument("--windows", type=int, default=64, help="held-out windows of each domain; default: 64")
-        sub.add_argument("--batch", type=int, default=1, help="windows at a time")
+        sub.add_argument("--batch", type=int, default=1, help="windows at a time; default: 1")
         sub.add_argument("--json", metavar="FILE", help="write all numbers there")
     if verb == "generate":
         sub.add_argument("model", help="folder (Hugging Face, nanotron) or Hub id")
-        sub.add_argument("prompt")
+        sub.add_argument("prompt", help="text to go on with")
         sub.add_argument("--tokenizer", default=None, help="its folder or Hub id; default: the model's own")
         sub.add_argument("--tokens", type=int, default=128, help="at most; default: 128")
         sub.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token each time")
-        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--seed", type=int, default=0, help="of the drawn tokens; default: 0")
         sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
 
 

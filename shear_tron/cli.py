@@ -4,6 +4,8 @@ Verbs import what they need when they run, so that ``--help`` and ``config`` ans
 """
 
 import argparse
+import atexit
+import gc
 import json
 import os
 import subprocess
@@ -180,6 +182,7 @@ def _cache_teacher(path: str, overrides: list[str], headroom: float | None) -> i
 
 
 def plan(arguments: argparse.Namespace) -> None:
+    atexit.register(gc.freeze)  # or the interpreter's end looks for garbage in all of torch: a third of a second
     from shear_tron.forecast.command import plan as text
 
     print(text(arguments))
@@ -230,6 +233,7 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
+    atexit.register(gc.freeze)  # as for plan
     from shear_tron.config import load
     from shear_tron.forecast.job import Job
     from shear_tron.forecast.known import teacher

@@ -20,6 +20,23 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key, the rule and the fix."""
 
 
+class Problems(list[str]):
+    """What checks find that need not wait for each other, told at once: ``with problems: check()``."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        if isinstance(error, ValueError):
+            self.append(str(error))
+        return isinstance(error, ValueError)
+
+    def tell(self) -> None:
+        """Raise ConfigError if there are any."""
+        if self:
+            raise ConfigError(listed(self))
+
+
 class Section(BaseModel):
     """A part of the configuration: immutable, with no keys but its own."""
 

@@ -53,15 +53,24 @@ class Shape:
 
     def require_target(self, target: "Shape") -> None:
         """Raise ValueError unless ``target`` can be cut out of this shape."""
+        larger = []
         for name in ("hidden", "layers", "kv_heads", "heads_per_group", "ffn"):
             source, kept = getattr(self, name), getattr(target, name)
             if kept > source:
                 label = "query heads per key-value head" if name == "heads_per_group" else name
-                raise ValueError(f"target {label}={kept} is larger than the source's {source}; use at most {source}")
+                larger.append(f"target {label}={kept} is larger than the source's {source}; use at most {source}")
+        if larger:
+            raise ValueError(", and ".join(larger))
         for name in ("head_dim", "vocab", "tied"):
             source, kept = getattr(self, name), getattr(target, name)
             if kept != source:
                 raise ValueError(f"target {name}={kept} differs from the source's {source}; shearing keeps it")
+
+    def __str__(self) -> str:
+        return (
+            f"hidden {self.hidden}, layers {self.layers}, heads {self.heads} ({self.kv_heads} key-value) of "
+            f"{self.head_dim}, ffn {self.ffn}, vocab {self.vocab}{', tied' * self.tied}"
+        )
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)

@@ -9,14 +9,14 @@ from shear_tron.config import ConfigError, load
 from shear_tron.forecast.devices import device
 from shear_tron.forecast.job import Job
 from shear_tron.forecast.known import architecture, teacher
-from shear_tron.forecast.recipe import STAGE2_TOKENS, Stage, second_stage, stage, text
+from shear_tron.forecast.recipe import Stage, second_stage, stage, text
 from shear_tron.forecast.target import propose
 from shear_tron.parallel.topology import Layout
 from shear_tron.params import count
 from shear_tron.shape import Shape
 from shear_tron.train.config import RunConfig
 
-UNITS = {"M": 1e6, "B": 1e9, "T": 1e12}
+UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def plan(arguments: argparse.Namespace) -> str:
@@ -40,7 +40,7 @@ def number(text: str) -> float:
     try:
         return float(text[:-1]) * unit if unit else float(text)
     except ValueError:
-        raise ConfigError(f"{text!r} is not a number; write 1300000000, 1.3e9 or 1.3B") from None
+        raise ConfigError(f"{text!r} is not a number; write 1300000000, 1.3e9 or 1.3B (K, M, B, T)") from None
 
 
 def _stages(files: list[str], overrides: list[str], gpus: int) -> list[Stage]:
@@ -82,12 +82,11 @@ def _without_config(arguments: argparse.Namespace, per_node: int) -> str:
             if getattr(shape, name) != getattr(source.shape, name)
         )
         lines.append(f"target    {{{given}}}  # {count(source.resized(shape)):,} parameters")
-    return "\n".join([*lines, "The first target with the paper's recipe (its Table 7; 50 B tokens for stage 2):", ""])
+    return "\n".join([*lines, "The first target with the paper's recipe (its Table 7):", ""])
 
 
 def _paper(arguments: argparse.Namespace) -> list[Stage]:
     source, targets = _source_and_targets(arguments)
     job = Job(source, Layout(shard=arguments.gpus), 32, 1, min(4096, source.context), pruning=True)
     first = Stage("stage 1, the paper's", job, 3200, targets[0], 640 / 3200, given=False)
-    tokens = number(arguments.tokens) if arguments.tokens else STAGE2_TOKENS
-    return [first, second_stage(first, tokens)]
+    return [first, second_stage(first, number(arguments.tokens))]

@@ -13,6 +13,7 @@ from shear_tron.forecast.command import number
 from shear_tron.forecast.target import propose
 from shear_tron.params import count
 from shear_tron.train.schedule import learning_rate_factor
+from shear_tron.train.show import said
 
 PAPER_BATCH, PAPER_STEPS = 32 * 4096, 3200  # tokens; Table 7
 PAPER_BATCH_AFTER, PAPER_TOKENS_AFTER = 256 * 4096, 125  # tokens; times those of pruning
@@ -32,7 +33,7 @@ domains:                     # one for each kind of text; their mixture follows 
 # What the files of both stages end with.
 TRAINING = """
 train:
-  steps: {steps}             # {tokens:.3g} tokens; the paper {paper}
+  steps: {steps}             # {tokens} tokens; the paper {paper}
   batch: {batch}             # sequences of a step, all ranks' together
   micro_batch: 1             # sequences a rank runs at a time; larger is faster while memory lasts
   activation_checkpointing: none   # selective or full where memory is short
@@ -58,7 +59,7 @@ model: {model}
 
 data:
   folder: {data}
-  sequence: {sequence}       # tokens of a training window; the model can {context}
+  sequence: {sequence}       # tokens of a training window, at most {context}
   reference_losses: source   # aim for the source's own loss in every domain, measured before the first step
   update_every: {update}     # steps between updates of the mixture
   evaluate_windows: {windows}
@@ -133,7 +134,7 @@ def init(arguments: argparse.Namespace) -> str:
         warmup=max(1, steps // 5),
         gates=max(1.0, TRAVEL / travel),
         steps=steps,
-        tokens=float(steps * batch * sequence),
+        tokens=said(steps * batch * sequence),
         batch=batch,
         rate_warmup=steps // 10,
         every=max(10, steps // 8),
@@ -149,7 +150,7 @@ def init(arguments: argparse.Namespace) -> str:
         small=SMALL,
         update=max(5, steps // 128),
         steps=steps,
-        tokens=float(steps * batch * sequence),
+        tokens=said(steps * batch * sequence),
         batch=batch,
         rate_warmup=max(1, round(0.03 * steps)),
         every=max(10, steps // 16),

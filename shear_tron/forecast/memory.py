@@ -40,7 +40,8 @@ def told(found: Peak) -> str:
     """The lines of `show`."""
     parts = [f"{name} {size / 1e9:.3g}" for name, size in found.parts.items() if size >= 0.005 * found.total]
     return (
-        f"memory   {found.total / 1e9:,.3g} GB per GPU at its peak, when {found.moment}:\n         {', '.join(parts)}\n"
+        f"memory   {found.total / 1e9:,.3g} GB per rank at its peak, when {found.moment}:\n"
+        f"         {', '.join(parts)}\n"
         "         (`shear-tron plan` adds time, traffic and other layouts)"
     )
 

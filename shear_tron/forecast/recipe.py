@@ -13,7 +13,6 @@ from shear_tron.train.config import RunConfig
 from shear_tron.train.show import said
 
 GB = 1e9
-STAGE2_TOKENS = 50e9  # the paper's, where nothing else is said
 STAGE2_BATCH = 2**20  # tokens
 
 
@@ -65,7 +64,7 @@ def text(stages: list[Stage], gpus: int, device: Device, options: int = 4) -> st
         hours.append(taken)
     if all(hours):
         total = sum(hours)
-        lines += ["", f"recipe    {_duration(total)} on {gpus} GPUs, {total * gpus:,.0f} GPU-hours"]
+        lines += ["", f"recipe    {_duration(total)} on {gpus} GPUs, {_short(total * gpus)} GPU-hours"]
     return "\n".join(lines)
 
 
@@ -104,23 +103,30 @@ def _candidate(title: str, found: Candidate, stage: Stage, device: Device) -> li
     layout, job, peak = found.job.layout, found.job, found.peak
     verdict = "fits" if found.fits(device) else f"does NOT fit (usable: {USABLE * device.memory / GB:.0f} GB)"
     parts = [(name, size) for name, size in peak.parts.items() if size >= 0.005 * peak.total]
+    held = ", ".join(f"{name} {_short(size / GB)}" for name, size in parts)
+    when = f"when {peak.moment} on pipeline rank {peak.pp_rank}"
     lines = [
         f"  {title}: pp {layout.pp} x dp {layout.dp} (shards {layout.shard}) x tp {layout.tp}, micro_batch "
         f"{job.micro_batch}, checkpointing {job.checkpointing}",
-        f"    memory   {peak.total / GB:.1f} GB per rank when {peak.moment} on pipeline rank {peak.pp_rank}: {verdict}",
-        "             " + ", ".join(f"{name} {size / GB:.1f}" for name, size in parts),
+        f"    memory   {_short(peak.total / GB)} GB per rank {when}: {verdict}",
+        f"             {held}",
     ]
     for name, step in (("gates open" if found.closed else "step", found.dense), ("gates closed", found.closed)):
         if step:
-            spent = sorted(step.parts.items(), key=lambda part: -part[1])[:4]
+            largest = sorted(step.parts.items(), key=lambda part: -part[1])[:4]
+            unit, size = ("s", 1) if step.seconds >= 0.1 else ("ms", 1000)
             lines.append(
-                f"    {name:13} {step.seconds:.2f} s, {step.tokens_per_second:,.0f} tokens/s, MFU "
-                f"{step.mfu(device, layout.world):.0%}: " + ", ".join(f"{part} {s:.2f}" for part, s in spent)
+                f"    {name:13} {_short(step.seconds * size)} {unit}, {step.tokens_per_second:,.0f} tokens/s, MFU "
+                f"{step.mfu(device, layout.world):.0%}: "
+                + ", ".join(f"{part} {_short(seconds * size)}" for part, seconds in largest)
             )
-    sent = ", ".join(f"{axis} {size / GB:.2f}" for axis, size in found.dense.traffic.items() if size)
+    traffic = found.dense.traffic.items()
+    sent = ", ".join(
+        f"{axis} {_short(size / GB)}" for axis, size in traffic if size > 1e-4 * sum(dict(traffic).values())
+    )
     lines.append(f"    each rank sends per step, GB: {sent or 'nothing'}")
     hours = found.seconds * stage.steps / 3600
-    lines.append(f"    stage    {_duration(hours)}, {hours * layout.world:,.0f} GPU-hours")
+    lines.append(f"    stage    {_duration(hours)}, {_short(hours * layout.world)} GPU-hours")
     return lines
 
 
@@ -129,8 +135,8 @@ def _row(found: Candidate, stage: Stage, device: Device) -> str:
     why = max(step.parts, key=lambda part: step.parts[part] if part != "matrix products" else 0.0)
     mfu = step.mfu(device, found.job.layout.world)
     return (
-        f"    {_duration(hours):>8}  {found.peak.total / GB:5.1f} GB  MFU {mfu:4.0%}  {found.settings}"
-        f"  (beside products most in {why})"
+        f"    {_duration(hours):>8}  {_short(found.peak.total / GB):>7} GB  MFU {mfu:4.0%}  {found.settings}"
+        f"  (besides products mostly {why})"
     )
 
 
@@ -152,7 +158,16 @@ def _remedy(others: list[Candidate], device: Device) -> str:
     )
 
 
+def _short(number: float) -> str:
+    """Two or three digits: 1,234; 68; 1.6; 0.003."""
+    if number < 1e-3:
+        return "< 0.001"
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}" if number >= 1 else f"{number:.2g}"
+
+
 def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return "< 1 min"
     if hours < 1:
         return f"{hours * 60:.0f} min"
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"

@@ -28,7 +28,7 @@ def launch(count: int, device: torch.device, function: Callable[..., int], *argu
     if device.type == "cuda" and count > torch.cuda.device_count():
         raise ValueError(f"--nproc={count} ranks want a GPU each, and there are {torch.cuda.device_count()}; use fewer")
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):  # each has a level of its own
             logging.getLogger(name).setLevel(logging.CRITICAL)
     settings: dict[str, Any] = {"shutdown_timeout": SAVING}
     known = {field.name for field in fields(LaunchConfig)}  # torch 2.11 had no such setting
@@ -52,9 +52,9 @@ def launch(count: int, device: torch.device, function: Callable[..., int], *argu
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message, trace = _told(failure)
-        if not message and failure.exitcode > 0:  # it said itself why
+        if not message:  # it said itself why
             return int(failure.exitcode)
-        failed = RuntimeError(f"rank {rank} failed: {message or f'exit status {failure.exitcode}'}")
+        failed = RuntimeError(f"rank {rank} failed: {message}")
         failed.add_note(trace)
         raise failed from None
     except SignalException as asked:  # the ranks have it too, and ended in their own good order
@@ -72,9 +72,8 @@ def _rank(count: int, function: Callable[..., int], arguments: tuple[Any, ...]) 
 
 
 def _told(failure: ProcessFailure) -> tuple[str, str]:
-    """What a rank said of its failure, and where in its code it was."""
-    told = failure.error_file_data.get("message", {})
-    if not isinstance(told, dict):
-        return str(told), ""
-    trace = told.get("extraInfo", {}).get("py_callstack", "")
-    return str(told.get("message") or ""), trace
+    """Of a rank that raised: what, and where in its code. ("", "") of one that ended with a status of its own."""
+    told = failure.error_file_data.get("message")
+    if isinstance(told, dict):
+        return str(told.get("message") or ""), told.get("extraInfo", {}).get("py_callstack", "")
+    return failure.message if failure.exitcode < 0 else "", ""  # a signal ended it

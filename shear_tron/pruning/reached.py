@@ -1,8 +1,8 @@
 """Whether masks came to where they were to go, before the target's counts are cut out by force.
 
 ``Method.decide`` keeps exactly the target's counts, whatever the gates say. Where they still say something else, it
-cuts units that are open, and the model breaks. So the share of units expected to be closed is compared with the
-target's.
+cuts units that are open or keeps closed ones, and the model breaks. So the share of units expected to be closed is
+compared with the target's.
 """
 
 from shear_tron.masks import Masks
@@ -31,4 +31,6 @@ def missed(expected: Masks, source: Shape, target: Shape) -> dict[str, tuple[flo
 def told(missed: dict[str, tuple[float, float]]) -> str:
     """A sentence about it, without an end."""
     kinds = ", ".join(f"{kind} {closed:.2f} of {wanted:.2f}" for kind, (closed, wanted) in missed.items())
-    return f"the masks had not reached the target (closed: {kinds}), so units that are open were cut"
+    cut = ["cut that are open"] if any(closed < wanted for closed, wanted in missed.values()) else []
+    kept = ["kept that are closed"] if any(closed > wanted for closed, wanted in missed.values()) else []
+    return f"the masks missed the target (closed: {kinds}), so units were {' and others '.join(cut + kept)}"

@@ -12,7 +12,7 @@ import vl_convert
 
 from shear_tron.report import gates, theme
 from shear_tron.report.figures import Figure, figures, verdict
-from shear_tron.report.story import Stage, Story, mean
+from shear_tron.report.story import TOLERANCE, Stage, Story, mean
 from shear_tron.report.units import SPARSITIES, duration, memory, short
 
 LIBRARY = "window.vegaEmbed = vegaEmbed;"
@@ -94,7 +94,7 @@ def _tiles(story: Story) -> list[dict[str, Any]]:
         kinds = [end for end in story.pruning.misses if end.kind]
         missed = [SPARSITIES[end.kind] for end in kinds if end.missed]
         value = f"{len(missed)} of {len(kinds)} missed" if missed else f"all {len(kinds)} reached"
-        note = ", ".join(missed) or "within 1 % of the units of each kind"
+        note = ", ".join(missed) or f"within {TOLERANCE:.0%} of the units of each kind"
         tiles.append({"name": "targets", "value": value, "note": note, "bad": bool(missed)})
     tokens = " + ".join(short(stage.tokens) for stage in story.stages)
     took = duration(sum(stage.seconds for stage in story.stages))

@@ -117,7 +117,7 @@ class Trainer:
         if self.cost:
             with log.wait("timing dense steps"):
                 self.cost.time_dense(*self.held_out.rows(torch.arange(self.share)))
-        self.signals.remember()
+        self.signals.remember(tell=self.topology.is_main)
         try:
             if self.pruner and resumed is None:
                 where = self.topology, self._own_microbatches(), log

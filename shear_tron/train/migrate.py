@@ -41,7 +41,7 @@ def import_model(checkpoint: str, output: str, tokenizer: str, dtype: str | None
     if ids > rows:
         raise ValueError(f"{tokenizer} has {ids} ids, {checkpoint} vocab={rows}; give the model's own tokenizer")
     write_model(output, architecture, shown(tensors, architecture, output), Form(dtype=dtype), located(tokenizer))
-    return f"{output}: {count(architecture):,} parameters, {architecture.shape}"
+    return f"{output}: {count(architecture):,} parameters: {architecture.shape}"
 
 
 def _composer(file: str, like: str, target: str | None) -> tuple[Architecture, Iterable[tuple[str, Tensor]]]:

@@ -38,7 +38,7 @@ def extract(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
     said = _write(run, output, dense, source, tensors, form, samples)
     short = missed(method.expected(), source.shape, target)
     warning = f"; WARNING: {told(short)}; train longer before trusting this model" if short else ""
-    return f"{output}: {count(dense):,} of {count(source):,} parameters, {dense.shape}{said}{warning}"
+    return f"{output}: {count(dense):,} of {count(source):,} parameters: {dense.shape}{said}{warning}"
 
 
 def export(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
@@ -49,7 +49,7 @@ def export(run: RunFolder, output: str, form: Form, samples: int = 0) -> str:
     reader = sharded.Reader(run.checkpoint)
     tensors = ((param.name, reader.read(param.name)) for param in params(architecture))
     said = _write(run, output, architecture, architecture, tensors, form, samples)
-    return f"{output}: {count(architecture):,} parameters, {architecture.shape}{said}"
+    return f"{output}: {count(architecture):,} parameters: {architecture.shape}{said}"
 
 
 def _write(

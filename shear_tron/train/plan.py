@@ -13,7 +13,7 @@ from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.huggingface_config import architecture_config
 from shear_tron.checkpoint.model_folder import Model, is_nanotron, open_model, read_architecture
-from shear_tron.config import ConfigError, load
+from shear_tron.config import ConfigError, Problems, load
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.mixture import Mixture
 from shear_tron.data.tokens import document_ends
@@ -70,44 +70,53 @@ def plan(config: RunConfig, world: int, architecture: Architecture | None = None
     architecture: of a model that is yet to be made; default: that of ``config.model``.
     """
     architecture = config.source(architecture or read_architecture(config.model))
-    target = None
-    if config.prune is None and not config.train.steps:
-        raise ConfigError("train.steps=0 is for choosing units with a `prune` section; use 1 or more steps")
-    if config.prune is not None:
-        target = config.prune.target.shape(architecture.shape)
-        make_method(config.prune, architecture, target, config.train.seed)  # can be made
-        architecture_config(architecture.resized(target), torch.float32)  # transformers will open the result
-        if config.train.steps < config.prune.warmup_steps + (config.prune.method == "hard_concrete"):
-            raise ConfigError(
-                f"train.steps={config.train.steps} end before the target sparsity is reached at "
-                f"prune.warmup_steps={config.prune.warmup_steps}; use more steps or a shorter warm-up"
-            )
+    problems, target, layout = Problems(), None, Layout()
+    with problems:
+        if config.prune is None and not config.train.steps:
+            raise ConfigError("train.steps=0 is for choosing units with a `prune` section; use 1 or more steps")
+        if config.prune is not None:
+            target = config.prune.target.shape(architecture.shape)
+            make_method(config.prune, architecture, target, config.train.seed)  # can be made
+            architecture_config(architecture.resized(target), torch.float32)  # transformers will open the result
+    with problems:
+        _require_steps(config)
     if config.train.compile and (config.prune is not None or config.train.activation_checkpointing == "selective"):
-        raise ConfigError(
+        problems.append(
             "train.compile goes with neither prune, whose sizes change by the step, nor selective checkpointing; leave "
             "it out, or use activation_checkpointing=full"
         )
-    schedule = config.optimizer.schedule
-    if schedule and schedule.before + config.train.steps > schedule.steps:
-        raise ConfigError(
-            f"optimizer.schedule.steps={schedule.steps} is less than before={schedule.before} and "
-            f"train.steps={config.train.steps} together; use at least {schedule.before + config.train.steps}"
-        )
     if config.data.sequence > architecture.context:
-        raise ConfigError(
+        problems.append(
             f"data.sequence={config.data.sequence} is longer than the model's context={architecture.context}; "
             f"use at most {architecture.context}"
         )
-    layout = Layout.plan(config.parallel, architecture.shape, world)
-    layout.require_batch(config.train.batch, config.train.micro_batch, config.data.sequence)
-    if config.distill:
-        if config.distill.samples > architecture.shape.vocab:
-            raise ConfigError(
-                f"distill.samples={config.distill.samples} is more than vocab={architecture.shape.vocab}; use fewer"
-            )
-        if config.distill.cache is None:
+    with problems:
+        layout = Layout.plan(config.parallel, architecture.shape, world)
+        layout.require_batch(config.train.batch, config.train.micro_batch, config.data.sequence)
+    if config.distill and config.distill.samples > architecture.shape.vocab:
+        problems.append(
+            f"distill.samples={config.distill.samples} is more than vocab={architecture.shape.vocab}; use fewer"
+        )
+    with problems:
+        if config.distill and config.distill.cache is None:
             _require_teacher(config, architecture, world)
+    problems.tell()
     return Plan(config, architecture, target, layout)
+
+
+def _require_steps(config: RunConfig) -> None:
+    """Raise ConfigError where warm-up or schedule and the steps do not go together."""
+    prune, steps, schedule = config.prune, config.train.steps, config.optimizer.schedule
+    if prune is not None and steps < prune.warmup_steps + (prune.method == "hard_concrete"):
+        raise ConfigError(
+            f"train.steps={steps} end before the target sparsity is reached at prune.warmup_steps="
+            f"{prune.warmup_steps}; use more steps or a shorter warm-up"
+        )
+    if schedule and schedule.before + steps > schedule.steps:
+        raise ConfigError(
+            f"optimizer.schedule.steps={schedule.steps} is less than before={schedule.before} and "
+            f"train.steps={steps} together; use at least {schedule.before + steps}"
+        )
 
 
 def inputs(plan: Plan) -> Inputs:

@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,8 +52,7 @@ def session(
             _say(ranks, str(error))
             return FAILED
         except Exception as error:
-            _tell(error, plan)
-            return FAILED
+            return _tell(error, plan)
         else:
             if ranks.is_main:
                 print(json.dumps({"run": plan.config.run, "held_out": losses}), flush=True)
@@ -78,8 +76,7 @@ def fill(plan: Plan, inputs: Inputs, device: torch.device, compute: torch.dtype,
         _say(ranks, str(error), "cache-teacher")
         return FAILED
     except Exception as error:
-        _tell(error, plan, "cache-teacher")
-        return FAILED
+        return _tell(error, plan, "cache-teacher")
     else:
         _say(ranks, f"done; {plan.config.distill and plan.config.distill.cache} has all of it", "cache-teacher")
         return 0
@@ -100,11 +97,14 @@ def _say(ranks: Topology, text: str, verb: str = "train") -> None:
         print(f"shear-tron {verb}: {text}", file=sys.stderr, flush=True)
 
 
-def _tell(error: Exception, plan: Plan, verb: str = "train") -> None:
-    """Say what broke on this rank, unless another rank has spoken: peers of a broken rank break too."""
+def _tell(error: Exception, plan: Plan, verb: str = "train") -> int:
+    """Say what broke on this rank, unless another rank has spoken: peers of a broken rank break too.
+
+    Returns the exit status. An error that nobody foresaw is raised again, for ``main`` to tell.
+    """
     kept = keep_recording(Path(plan.config.run) / RECORDINGS) if lost_peer(error) else None
     if not is_first_to_fail():
-        return
+        return FAILED
     prefix = f"rank {topology.rank()}: " if plan.layout.world > 1 else ""
     if lost_peer(error):
         silent = silent_ranks()
@@ -117,9 +117,10 @@ def _tell(error: Exception, plan: Plan, verb: str = "train") -> None:
     elif isinstance(error, ValueError | OSError):
         reason = str(error)
     else:
-        traceback.print_exception(error)
-        reason = f"{type(error).__name__}: {_in_one_line(error)}"
+        error.add_note(f"on rank {topology.rank()} of {plan.layout.world}")
+        raise error
     print(f"shear-tron {verb}: {prefix}{reason}", file=sys.stderr, flush=True)
+    return FAILED
 
 
 def _in_one_line(error: BaseException) -> str:

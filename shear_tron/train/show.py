@@ -75,13 +75,7 @@ def _nanotron(target: Architecture) -> str:
 
 
 def _shape(title: str, architecture: Architecture) -> str:
-    shape = architecture.shape
-    tied = ", tied" if shape.tied else ""
-    return (
-        f"{title}   {count(architecture):>14,} parameters: hidden {shape.hidden}, layers {shape.layers}, "
-        f"heads {shape.heads} ({shape.kv_heads} key-value) of {shape.head_dim}, ffn {shape.ffn}, "
-        f"vocab {shape.vocab}{tied}"
-    )
+    return f"{title}   {count(architecture):>14,} parameters: {architecture.shape}"
 
 
 def _layout(plan: Plan) -> list[str]:
@@ -170,7 +164,7 @@ def _data(plan: Plan) -> list[str]:
         few = "" if held_out >= data.evaluate_windows else f" (fewer than evaluate_windows={data.evaluate_windows})"
         lines.append(
             f"         {name}: {has:,} tokens, {epochs:.3g} epochs at weight {weight / total:.2g}{note}; "
-            f"{held_out} held-out windows{few}"
+            f"{held_out} held-out window{'s' * (held_out != 1)}{few}"
         )
     if config.distill and config.distill.cache:
         lines.append(f"teacher  {forecast(config, manifest, mixture, plan.architecture.shape.vocab)}")

@@ -1,5 +1,6 @@
 """Stopping a run before its end: a signal is remembered, and at the end of the step all ranks save and leave."""
 
+import os
 import signal
 import threading
 import time
@@ -30,7 +31,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.asked = 0  # the signal's number; 0: none came
-        self._remember = False
+        self._remember = self._tell = False
         self._at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -39,9 +40,9 @@ class Signals:
             self._before = {number: signal.signal(number, self._handle) for number in HANDLED}
         return self
 
-    def remember(self) -> None:
-        """From here on a step ends before the run does."""
-        self._remember = True
+    def remember(self, tell: bool = False) -> None:
+        """From here on a step ends before the run does. tell: answer Ctrl-C with that, on stderr."""
+        self._remember, self._tell = True, tell
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if not self._remember:
@@ -49,6 +50,9 @@ class Signals:
             raise Stopped(number, "before the first step, so there is nothing to save")
         if number == self.asked == signal.SIGINT and time.monotonic() > self._at + IMPATIENT:
             raise KeyboardInterrupt
+        if self._tell and number == signal.SIGINT and not self.asked:
+            text = "\nshear-tron train: ending this step, then saving; Ctrl-C again leaves at once\n"
+            os.write(2, text.encode())  # sys.stderr may be in the middle of a line
         self.asked, self._at = max(number, self.asked), time.monotonic()
 
     def __exit__(self, *_: object) -> None:

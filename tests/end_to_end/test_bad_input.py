@@ -31,6 +31,12 @@ OVERRIDES = {
     "target heads larger": (["prune.target.heads=16"], "query heads per key-value head=4 is larger"),
     "heads do not split over tp": (["parallel.tp=3"], "kv_heads=4 does not split over tp=3; use tp of 1, 2, 4"),
     "more stages than layers": (["parallel.pp=5"], "parallel.pp * stages=5 is more than the model's layers=4"),
+    "several that do not fit": (
+        ["prune.target.layers=9", "prune.target.ffn=65", "data.sequence=65", "parallel.tp=3"],
+        "3 problems: (1) target layers=9 is larger than the source's 4; use at most 4, and target ffn=65 is larger "
+        "than the source's 64; use at most 64; (2) data.sequence=65 is longer than the model's context=64; use at "
+        "most 64; (3) kv_heads=4 does not split over tp=3; use tp of 1, 2, 4",
+    ),
     "compiled pruning": (["train.compile=true"], "train.compile goes with neither prune"),
     "world size": (["parallel.dp=4"], "world size 1 does not match parallel: pp=1 x dp=4 x tp=1; start 4 processes"),
     "unknown domain": (["data.weights={colours: 1, treees: 1}"], "domain 'treees' is not in"),

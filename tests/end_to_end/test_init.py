@@ -60,9 +60,9 @@ def test_json_that_is_no_text_is_left_out(world: Path, tmp_path: Path, capsys: p
 
 
 def test_on_prepared_data(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["init", str(world / "model"), "--data", str(world / "data"), "--tokens", "8k", "--target", "70000"]
+    given = ["init", str(world / "model"), "--data", str(world / "data"), "--tokens", "8x", "--target", "70000"]
     assert cli.main([*given, "--output", str(tmp_path)]) == 2
-    assert "'8k' is not a number" in capsys.readouterr().err
+    assert "'8x' is not a number" in capsys.readouterr().err
     given[5] = "8000"
     assert cli.main([*given, "--output", str(tmp_path)]) == 0
     assert "shear-tron prepare" not in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """`train --nproc`: ranks without torchrun, and one line where something is wrong."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -53,6 +54,26 @@ def test_the_rank_that_failed_first_is_named_with_its_traceback(capfd: pytest.Ca
         launch(2, torch.device("cpu"), _one_fails)
     assert "in _one_fails" in failed.value.__notes__[0]
     assert capfd.readouterr().err == ""
+
+
+def _all_stopped() -> int:
+    return 128 + signal.SIGINT
+
+
+def test_ranks_that_said_why_they_ended_are_not_spoken_for(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(2, torch.device("cpu"), _all_stopped) == 130
+    assert capfd.readouterr().err == ""
+
+
+def _one_is_killed() -> int:
+    if int(os.environ["RANK"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def test_a_rank_that_could_say_nothing_is_spoken_for() -> None:
+    with pytest.raises(RuntimeError, match=r"rank 1 failed: Signal 9 \(SIGKILL\) received by PID \d+"):
+        launch(2, torch.device("cpu"), _one_is_killed)
 
 
 def test_a_launcher_that_is_told_to_end_tells_its_ranks(world: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from shear_tron import cli
+from shear_tron.pruning import reached
 from shear_tron.report.gates import frames
 from shear_tron.report.story import TOLERANCE, read
 from shear_tron.train import metrics
@@ -58,6 +59,7 @@ def test_the_page_says_what_became_of_the_model(page: Path, runs: tuple[str, str
         assert all(f"{loss:.3f}" in text for loss in losses.values())
     assert "117 k → 39.1 k" in text  # parameters
     assert "4 of 4 missed" in text
+    assert f"more than {TOLERANCE * 100:.0f} % of its units" in " ".join(text.split())
     assert "console.error('escaped?')" in text
 
 
@@ -82,6 +84,7 @@ def test_a_miss_is_further_from_the_target_than_the_tolerance(runs: tuple[str, s
         key = f"{end.kind}_sparsity" if end.kind else "sparsity"
         gap = abs(stage.last[f"expected_{key}"] - stage.last[f"target_{key}"])
         assert end.missed == (gap > TOLERANCE)
+    assert reached.TOLERANCE == TOLERANCE  # what `train` and `extract` call a miss
     assert [end.kind for end in stage.misses] == ["", "hidden", "layers", "heads_per_group", "ffn"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.remote import Remote
 from shear_tron.train import metrics
 from shear_tron.train.loop import Trainer
+from shear_tron.train.stopping import Signals
 
 STEPS = ["train.steps=8", "prune.warmup_steps=4", "checkpoint.every=0"]
 TIMING = ("seconds", "data_seconds", "seconds_to_dense", "tokens_per_second", "tflops_per_rank", "peak_memory", "time")
@@ -60,6 +62,33 @@ def never(world: Path) -> Path:
     """A run that nobody stopped."""
     assert cli.main(["train", str(world / "prune.yaml"), f"run={world}/never", *STEPS]) == 0
     return world / "never"
+
+
+def test_ctrl_c_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with Signals() as signals:
+        signals.remember(tell=True)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # as launchers do, and too soon to be a second Ctrl-C
+    assert signals.asked == signal.SIGINT
+    told = "shear-tron train: ending this step, then saving; Ctrl-C again leaves at once"
+    assert capfd.readouterr().err.split("\n") == ["", told, ""]
+
+
+def test_an_error_that_nobody_foresaw_is_one_line(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: Trainer, batches: Any) -> dict[str, Any]:
+        raise KeyError("spanner")
+
+    monkeypatch.setattr(Trainer, "_update", broken)
+    arguments = ["train", str(world / "prune.yaml"), f"run={tmp_path}/run", *STEPS]
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    found = re.search(r"shear-tron train: 'spanner' \(KeyError\); (\S+) says where, as does --debug\n$", error)
+    assert found
+    assert "Traceback" not in error
+    assert "in broken" in Path(found[1]).read_text()
+    Path(found[1]).unlink()
 
 
 def untimed(folder: Path) -> list[dict[str, Any]]:

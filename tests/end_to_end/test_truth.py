@@ -183,7 +183,7 @@ def test_pruning_that_missed_its_target_is_said(
     """Ten steps close nothing to speak of; with units cut by score, the counts are exact."""
     steps = ["train.steps=3", "prune.warmup_steps=2", "data.update_every=0"]
     arguments = ["train", str(world / "prune.yaml"), *steps]
-    said = "WARNING: the masks had not reached the target (closed: "
+    said = "WARNING: the masks missed the target (closed: "
     assert cli.main([*arguments, f"run={tmp_path}/short", "--strict"]) == 3
     assert said in capsys.readouterr().err
     assert cli.main([*arguments, f"run={tmp_path}/short"]) == 0

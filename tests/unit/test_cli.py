@@ -51,7 +51,7 @@ def test_help_fits_a_screen_with_an_example(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 32
+    assert len(lines) <= 23  # and the shell's next line
     assert max(map(len, lines)) <= 80
     assert any("shear-tron train prune.yaml --nproc 2" in line for line in lines)
 
@@ -153,3 +153,13 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:
             cli.main([verb, "--help"])
         assert stopped.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: shear-tron {verb} ")
+
+
+def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert capsys.readouterr().err.splitlines()[-1] == "shear-tron: error: the following arguments are required: VERB"
+    with pytest.raises(SystemExit):
+        cli.main(["train"])
+    assert capsys.readouterr().err.endswith("error: the following arguments are required: config\n")

@@ -102,6 +102,18 @@ def test_what_takes_a_moment_runs(capsys: pytest.CaptureFixture[str], monkeypatc
     assert len(ran) >= 5
 
 
+def test_files_named_on_pages_exist() -> None:
+    folders = "shear_tron|kernels|tests|examples|unit|distributed|end_to_end"  # the last three below tests/
+    named = re.compile(rf"`((?:{folders})/[\w./-]+\.(?:py|yaml|md|ipynb|sbatch))(?:::\w+)?`")
+    wrong = [
+        f"{page.relative_to(ROOT)}: no file {name}"
+        for page in PAGES
+        for name in named.findall(page.read_text())
+        if not any((folder / name).exists() for folder in (ROOT, ROOT / "tests")) and "NAME" not in name
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_targets_scripts_and_extras_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -1,5 +1,7 @@
 """Plans on paper: operations as torch counts them, orders that must hold, targets that can be sheared to."""
 
+import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -160,6 +162,20 @@ def test_plan_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert "stage 2, assumed: " in told
 
 
+def test_small_numbers_are_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    architecture = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    architecture |= {"intermediate_size": 128, "vocab_size": 320, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(architecture))
+    (tmp_path / "run.yaml").write_text(
+        f"run: {tmp_path}/run\nmodel: {tmp_path}\ndata: {{folder: data, sequence: 16}}\ntrain: {{steps: 9, batch: 8}}\n"
+    )
+    assert cli.main(["plan", str(tmp_path / "run.yaml"), "--gpus", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "stage    < 1 min" in told
+    assert " ms, " in told
+    assert not re.search(r" 0\.0+ |e-0", told)
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_said_with_what_would_make_it_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -177,6 +193,6 @@ def test_what_does_not_fit_is_said_with_what_would_make_it_fit(
 
 
 def test_numbers_with_units(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [number(text) for text in ("1.3B", "135m", "2e9", "50b")] == [1.3e9, 135e6, 2e9, 50e9]
+    assert [number(text) for text in ("1.3B", "135m", "2e9", "40k")] == [1.3e9, 135e6, 2e9, 40e3]
     assert cli.main(["plan", "--model", "llama-2-7b", "--parameters", "large"]) == 2
     assert "'large' is not a number" in capsys.readouterr().err

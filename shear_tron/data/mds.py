@@ -14,11 +14,11 @@ from typing import Annotated, Self
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
-from tqdm import tqdm
 
 from shear_tron.data.manifest import FILE, Domain, Manifest, Shard
 from shear_tron.data.tokenizer import Tokenizer, load
 from shear_tron.files import sha256
+from shear_tron.progress import bar
 from shear_tron.reading import in_one_line, is_file_name, read_json, short
 
 INDEX, COLUMN = "index.json", "tokens"
@@ -74,7 +74,8 @@ def _shards(source: Path, target: Path, place: str, words: Tokenizer) -> Iterato
     """Each shard of ``source`` as one of ours."""
     end = words.id(str(words.eos))
     (target / place).mkdir(parents=True, exist_ok=True)
-    for number, shard in enumerate(tqdm(_described(source), desc=place, unit=" shards", disable=None)):
+    described = _described(source)
+    for number, shard in enumerate(bar(place, len(described), "shards", iterable=described)):
         name, tokens, ends = f"{place}/{number:05d}.ds", 0, [np.empty(0, np.uint64)]
         with open(target / name, "wb") as file:
             for ids in samples(source, shard):

@@ -4,8 +4,6 @@ Verbs import what they need when they run, so that ``--help`` and ``config`` ans
 """
 
 import argparse
-import atexit
-import gc
 import json
 import os
 import subprocess
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shear_tron.arguments import parse
+from shear_tron.quick import quick_imports
 
 if TYPE_CHECKING:
     import torch
@@ -182,8 +181,8 @@ def _cache_teacher(path: str, overrides: list[str], headroom: float | None) -> i
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    atexit.register(gc.freeze)  # or the interpreter's end looks for garbage in all of torch: a third of a second
-    from shear_tron.forecast.command import plan as text
+    with quick_imports():
+        from shear_tron.forecast.command import plan as text
 
     print(text(arguments))
 
@@ -233,13 +232,13 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    atexit.register(gc.freeze)  # as for plan
-    from shear_tron.config import load
-    from shear_tron.forecast.job import Job
-    from shear_tron.forecast.known import teacher
-    from shear_tron.forecast.memory import peak, told
-    from shear_tron.train.config import RunConfig
-    from shear_tron.train.show import show as text
+    with quick_imports():
+        from shear_tron.config import load
+        from shear_tron.forecast.job import Job
+        from shear_tron.forecast.known import teacher
+        from shear_tron.forecast.memory import peak, told
+        from shear_tron.train.config import RunConfig
+        from shear_tron.train.show import show as text
 
     before = load(RunConfig, arguments.after) if arguments.after else None
     planned, shown = text(load(RunConfig, arguments.config, arguments.overrides), arguments.world, before)

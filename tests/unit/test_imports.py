@@ -14,6 +14,7 @@ ARROWS = {
     "reading": set(),
     "hub": set(),
     "progress": set(),
+    "quick": set(),
     "transfer": set(),
     **{noun: set(NOUNS[:place]) for place, noun in enumerate(NOUNS)} | {"keep": {*NOUNS[:-1], "transfer"}},
     "config": {"files", "reading"},
@@ -31,7 +32,10 @@ ARROWS = {
     "use": {"files", "reading", "hub", "progress", "data", "checkpoint"},
     "arguments": {"explain"},  # to complete keys
     "forecast": {*NOUNS, "reading", "hub", "config", "data", "model", "parallel", "checkpoint", "train"},
-    "cli": {"arguments", "forecast", "use", "config", "explain", "data", "parallel", "train", "checkpoint", "report"},
+    "cli": {
+        *("arguments", "quick", "forecast", "use", "config", "explain", "data", "parallel", "train", "checkpoint"),
+        "report",
+    },
     "__main__": {"cli"},
 }
 DISTRIBUTED = {"parallel", "checkpoint"}

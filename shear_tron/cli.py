@@ -8,13 +8,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-import traceback
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shear_tron import unforeseen
 from shear_tron.arguments import parse
 from shear_tron.quick import quick_imports
 
@@ -54,20 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"shear-tron {arguments.verb}: {_in_one_line(error)}", file=sys.stderr)
+        print(f"shear-tron {arguments.verb}: {unforeseen.told(error, debug=True)}", file=sys.stderr)
         return 1
-
-
-def _in_one_line(error: Exception) -> str:
-    """An error nobody foresaw: what it says, and a file that says where it came from."""
-    lines = str(error).strip().splitlines() or [""]
-    name = type(error).__name__
-    where = "--debug says where"
-    with suppress(OSError):  # the disk may be what is full
-        with tempfile.NamedTemporaryFile("w", prefix="shear-tron-", suffix=".txt", delete=False) as trace:
-            trace.write("".join(traceback.format_exception(error)))
-        where = f"{trace.name} says where, as does --debug"
-    return f"{lines[0] or name}{f' ({name})' if lines[0] else ''}; {where}"
 
 
 def prepare(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Everything that shear-tron reads: of each kind small files that are whole, and what reads all of them.
 
-Tests damage every file, and put others in its place. What a command only writes is not here (``config.until-*.yaml``,
-``eval --json``), nor what is asked of the machine (``/proc``).
+Tests damage every file, and put others in its place. What a command only writes (``eval --json``) is not here, nor what
+is asked of the machine (``/proc``), nor ``config.until-*.yaml``, which is read as ``config.yaml`` is.
 """
 
 import bz2

@@ -10,7 +10,6 @@ beside this script. Then: python examples/study/analyse.py OUT
 import argparse
 import fcntl
 import json
-import shutil
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ import small  # noqa: E402 - a neighbour's maker of small subjects
 from measure import choice_accuracy, kept_units, window_losses  # noqa: E402
 
 from shear_tron.checkpoint.huggingface import read_architecture  # noqa: E402
+from shear_tron.files import sha256, write_atomically  # noqa: E402
 from shear_tron.model.flops import flops  # noqa: E402
 from shear_tron.shape import Shape  # noqa: E402
 from shear_tron.train import metrics  # noqa: E402
@@ -200,7 +200,7 @@ def tuned(study: Study) -> Values:
                 tried.append({"family": family, "share": share, "rate": rate, "loss": loss})
     best = {family: min((t for t in tried if t["family"] == family), key=lambda t: t["loss"])
             for family in {t["family"] for t in tried}}  # fmt: skip
-    file.write_text(json.dumps({"best": best, "tried": tried}, indent=1) + "\n")
+    write_atomically(file, json.dumps({"best": best, "tried": tried}, indent=1) + "\n")
     return {"best": best}
 
 
@@ -241,12 +241,15 @@ def claimed(folder: Path) -> Iterator[bool]:
 
 
 def begin_with(recorded: Path, out: Path) -> None:
-    """Copy what ``out`` lacks of a recorded study."""
+    """Copy what ``out`` lacks of a recorded study. SystemExit where ``out`` has another source."""
+    sources = [place / "source" / "model.safetensors" for place in (recorded, out)]
+    if all(map(Path.exists, sources)) and sha256(sources[0]) != sha256(sources[1]):
+        raise SystemExit(f"{out} has a source of its own; give --recorded a new folder")
     for file in filter(Path.is_file, recorded.rglob("*")):
         here = out / file.relative_to(recorded)
         if not here.exists():
             here.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, here)
+            write_atomically(here, file.read_bytes())
 
 
 def main() -> None:
@@ -275,21 +278,21 @@ def main() -> None:
         losses = window_losses(study.source, study.out / "tokens", small.SEQUENCE, said["windows"])
         choice = choice_accuracy(study.source, study.out / "tokens", said["choice_items"])
         spent = study.operations(study.source, subject["source_steps"])
-        source.write_text(json.dumps({"losses": losses, "choice": choice, "operations": spent}))
+        write_atomically(source, json.dumps({"losses": losses, "choice": choice, "operations": spent}))
     best = tuned(study)["best"]
     for name, table, run in runs(study, best):
         file = study.out / "results" / f"{table}-{name}-{run.seed}.json"
         if file.exists() or (arguments.only and name not in arguments.only):
             continue
         with claimed(run.folder) as mine:
-            if not mine:
+            if not mine or file.exists():  # another process has it, or had
                 continue
             if table == "operations":
                 reference = study.out / "results" / f"tokens-{said['reference']}-{said['seeds'][0]}.json"
                 if not reference.exists():
                     raise SystemExit(f"{file.name} wants {reference.name}, not there yet: give this again when it is")
                 run = replace(run, budget=json.loads(reference.read_text())["operations"])
-            file.write_text(json.dumps(run.result(name, table)))
+            write_atomically(file, json.dumps(run.result(name, table)))
             print(f"done: {file}", flush=True)
 
 

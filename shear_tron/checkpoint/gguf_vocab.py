@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, RootModel, ValidationError
 
 from shear_tron.checkpoint.config_json import Flag
 from shear_tron.checkpoint.safetensors_stream import read_json
-from shear_tron.reading import explain, in_one_line, read_sentencepiece, require_files
+from shear_tron.reading import explain, in_one_line, read_sentencepiece, require_files, short
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,7 +58,6 @@ class PreTokenizer(BaseModel):
 
 
 class Bpe(BaseModel):
-    type: str = "BPE"
     byte_fallback: Flag = False
     vocab: dict[str, Id]
     merges: list[str | list[str]] = []
@@ -78,8 +77,12 @@ class TokenizerJson(BaseModel):
 
 def _read(kind: type[Json], file: Path) -> Json:
     """ValueError where the file is damaged; where there is none, what it would be if it said nothing."""
+    return _valid(kind, read_json(file) if file.exists() else {}, file)
+
+
+def _valid(kind: type[Json], values: dict[str, Any], file: Path) -> Json:
     try:
-        return kind.model_validate(read_json(file) if file.exists() else {})
+        return kind.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{file} is damaged ({explain(error)}); fetch it again") from None
 
@@ -145,10 +148,12 @@ def _sentencepiece(folder: Path, config: TokenizerConfig, rows: int) -> list[Ent
 
 def _tokenizer_json(folder: Path, rows: int) -> tuple[str, str, list[Entry]]:
     """(llama.cpp's kind, pre-tokenizer, entries) of a ``tokenizer.json``."""
-    content = _read(TokenizerJson, folder / "tokenizer.json")
+    values = read_json(folder / "tokenizer.json")
+    kind = values["model"].get("type", "BPE") if isinstance(values.get("model"), dict) else "BPE"
+    if kind != "BPE":  # others need not have a vocabulary like BPE's
+        raise ValueError(f"{folder}: a tokenizer of type {short(kind)} is not written as GGUF; use BPE")
+    content = _valid(TokenizerJson, values, folder / "tokenizer.json")
     model = content.model
-    if model.type != "BPE":
-        raise ValueError(f"{folder}: a tokenizer of type {model.type} is not written as GGUF; use BPE")
     pieces = model.byte_fallback  # SentencePiece's BPE, as LLaMA-2 has it
     pre = "default" if pieces else _pre_tokenizer(folder, content.pre_tokenizer)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.merges]
@@ -158,9 +163,9 @@ def _tokenizer_json(folder: Path, rows: int) -> tuple[str, str, list[Entry]]:
     found = _padding(rows)
     for token, i in model.vocab.items():
         is_byte = pieces and re.fullmatch("<0x[0-9A-F]{2}>", token)
-        kind = gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
+        token_type = gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
         if i < rows:
-            found[i] = Entry(token.encode(), -float(rank.get(token, len(rank))), int(kind))
+            found[i] = Entry(token.encode(), -float(rank.get(token, len(rank))), int(token_type))
     for added in content.added_tokens:
         if added.id < rows:
             found[added.id] = _added(added.content, added.special)

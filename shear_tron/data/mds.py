@@ -144,7 +144,8 @@ def samples(folder: Path, shard: _Mds) -> Iterator[Ids]:
     if not (folder / file).is_file() or not (folder / file).stat().st_size:
         raise ValueError(f"{folder / file} is not there, or empty; copy it again")
     content = np.memmap(folder / file, np.uint8, "r")
-    places = np.frombuffer(content[: 4 * (count + 2)], "<u4")[1:].astype(np.int64)
+    head = content[: 4 * (count + 2)]
+    places = np.frombuffer(head[: len(head) // 4 * 4], "<u4")[1:].astype(np.int64)
     if len(places) != count + 1 or places[-1] != len(content) or (np.diff(places) < 0).any():
         raise ValueError(f"{folder / file} does not hold {count} samples; copy it again")
     for start, stop in pairwise(places):
@@ -153,7 +154,7 @@ def samples(folder: Path, shard: _Mds) -> Iterator[Ids]:
 
 def _tokens(sample: bytes, fixed: list[int | None], column: int, file: Path) -> Ids:
     heads = sum(size is None for size in fixed)
-    variable = iter(np.frombuffer(sample[: 4 * heads], "<u4").tolist())
+    variable = iter(np.frombuffer(sample[: min(4 * heads, len(sample) // 4 * 4)], "<u4").tolist())
     sizes = [next(variable, 0) if size is None else size for size in fixed]
     begin = 4 * heads + sum(sizes[:column])
     found = sample[begin : begin + sizes[column]]

@@ -28,7 +28,7 @@ class Device:
     bandwidth: Rate  # bytes/s of its memory
     within_node: Rate  # bus bandwidth of collectives between GPUs of a node
     between_nodes: Rate  # and between nodes, per GPU
-    hop: Rate  # seconds that each further rank adds to a collective
+    hop: Annotated[float, Field(ge=0, lt=1e30)]  # seconds that each further rank adds to a collective
     per_node: PositiveInt
 
 

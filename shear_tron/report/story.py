@@ -162,9 +162,12 @@ def _stage(run: Path, start: int) -> Stage:
         raise ConfigError(
             f"{run} holds no {metrics.LOG}; give the folder that the config names under `run`, after its first step"
         )
-    lines, headers = metrics.read(run), metrics.headers(run)
+    lines, headers = [line for line in metrics.read(run) if line["step"]], metrics.headers(run)
     if not lines:
-        raise ConfigError(f"{run} has not finished its first step yet; ask again when it has")
+        raise ConfigError(
+            f"{run} has not finished its first step yet; ask again when it has, or, where train.steps=0 only chose "
+            "units, give the run that goes on from it"
+        )
     config = _config(run / "config.yaml")
     batch = config["train"]["batch"] * config["data"]["sequence"]
     snapshots = metrics.read_gates(run)

@@ -18,7 +18,7 @@ from shear_tron.reading import parse_yaml, read_text, short
 from shear_tron.train.config import RunConfig
 from shear_tron.train.run_folder import CONFIG
 
-LOCK = ".lock"
+LOCK, UNTIL = ".lock", "config.until-step-{}.yaml"
 
 # Keys in which a run may differ from the config saved in its folder when it goes on: they change no number of it.
 MAY_CHANGE = (
@@ -45,9 +45,10 @@ def claim_run_folder(config: RunConfig, allowed: tuple[str, ...] = ()) -> list[s
     for key in allowed:
         if not _within(key, ON_PURPOSE):
             raise ConfigError(f"--allow-change {key}: only {', '.join(ON_PURPOSE)} may change in a run that goes on")
-    if sharded.latest(run) is None:
+    newest = sharded.latest(run)
+    if newest is None:
         return []  # nothing to go on from: a run that ended before its first checkpoint binds nobody
-    before, now = _saved(_config_of_newest(run)), config.model_dump(mode="json")
+    before, now = _saved(_config_of(run, sharded.step_of(newest))), config.model_dump(mode="json")
     changed = []
     for key in _differences(before, now):
         if _within(key, MAY_CHANGE):
@@ -98,25 +99,29 @@ def claimed(config: RunConfig, topology: Topology) -> Iterator[None]:
 
 
 def record_config(config: RunConfig, step: int) -> None:
-    """Write the config, and keep the one that made the checkpoint of ``step`` if they differ in more than free keys."""
-    file = Path(config.run) / CONFIG
-    kept = _until(Path(config.run), step)
-    if step and file.exists() and not kept.exists():
-        before = _saved(file)
+    """Write the config, and keep the one that made the checkpoint of ``step`` if they differ in more than free keys.
+
+    Those kept at later steps go, as lines of the log do: their checkpoints are gone, others will have their names.
+    """
+    run = Path(config.run)
+    made, kept = _config_of(run, step), run / UNTIL.format(f"{step:08d}")
+    if step and made != kept and made.exists():
+        before = _saved(made)
         if any(not _within(key, MAY_CHANGE) for key in _differences(before, config.model_dump(mode="json"))):
-            write_atomically(kept, file.read_bytes())
-    save_config(config, file)
+            write_atomically(kept, made.read_bytes())
+    save_config(config, run / CONFIG)
+    for later in _kept_from(run, step + 1):
+        later.unlink()
 
 
-def _until(run: Path, step: int) -> Path:
-    return run / f"config.until-step-{step:08d}.yaml"
+def _kept_from(run: Path, step: int) -> list[Path]:
+    """Configs that were kept at that step or later, in order."""
+    return sorted(file for file in run.glob(UNTIL.format("*")) if file.name >= UNTIL.format(f"{step:08d}"))
 
 
-def _config_of_newest(run: Path) -> Path:
-    """The config that made the newest checkpoint: not the last one that was tried, if that came to no checkpoint."""
-    newest = sharded.latest(run)
-    kept = None if newest is None else _until(run, sharded.step_of(newest))
-    return kept if kept is not None and kept.exists() else run / CONFIG
+def _config_of(run: Path, step: int) -> Path:
+    """The config that made the checkpoint of a step: not one of later steps, nor one that came to no checkpoint."""
+    return next(iter(_kept_from(run, step)), run / CONFIG)
 
 
 def _require_own_folder(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from shear_tron import unforeseen
 from shear_tron.parallel import topology
 from shear_tron.parallel.agree import AgreedError
 from shear_tron.parallel.failure import is_first_to_fail, keep_recording, lost_peer, silent_ranks
@@ -100,7 +101,8 @@ def _say(ranks: Topology, text: str, verb: str = "train") -> None:
 def _tell(error: Exception, plan: Plan, verb: str = "train") -> int:
     """Say what broke on this rank, unless another rank has spoken: peers of a broken rank break too.
 
-    Returns the exit status. An error that nobody foresaw is raised again, for ``main`` to tell.
+    Returns the exit status. An error that nobody foresaw is raised again, for ``main`` to tell, where there is one rank
+    only: with several, the launcher may end this one as soon as another has ended.
     """
     kept = keep_recording(Path(plan.config.run) / RECORDINGS) if lost_peer(error) else None
     if not is_first_to_fail():
@@ -116,9 +118,10 @@ def _tell(error: Exception, plan: Plan, verb: str = "train") -> int:
         )
     elif isinstance(error, ValueError | OSError):
         reason = str(error)
-    else:
-        error.add_note(f"on rank {topology.rank()} of {plan.layout.world}")
+    elif plan.layout.world == 1:
         raise error
+    else:
+        reason = unforeseen.told(error)
     print(f"shear-tron {verb}: {prefix}{reason}", file=sys.stderr, flush=True)
     return FAILED
 

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -52,7 +53,8 @@ class Signals:
             raise KeyboardInterrupt
         if self._tell and number == signal.SIGINT and not self.asked:
             text = "\nshear-tron train: ending this step, then saving; Ctrl-C again leaves at once\n"
-            os.write(2, text.encode())  # sys.stderr may be in the middle of a line
+            with suppress(OSError):  # who reads it, such as `tee`, may have ended by the same Ctrl-C
+                os.write(2, text.encode())  # sys.stderr may be in the middle of a line
         self.asked, self._at = max(number, self.asked), time.monotonic()
 
     def __exit__(self, *_: object) -> None:

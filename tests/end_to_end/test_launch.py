@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 from shear_tron.parallel import topology
 from shear_tron.parallel.launch import launch
 from shear_tron.parallel.topology import Layout
+from shear_tron.train.session import FAILED, _tell
 
 
 def train(world: Path, run: Path, *overrides: str, nproc: int = 2) -> subprocess.CompletedProcess[str]:
@@ -54,6 +57,32 @@ def test_the_rank_that_failed_first_is_named_with_its_traceback(capfd: pytest.Ca
         launch(2, torch.device("cpu"), _one_fails)
     assert "in _one_fails" in failed.value.__notes__[0]
     assert capfd.readouterr().err == ""
+
+
+def _one_fails_in_a_run(run: str) -> int:
+    """Another, which need not say anything, ends before it."""
+    plan: Any = SimpleNamespace(config=SimpleNamespace(run=run), layout=Layout(shard=2))
+    ranks = topology.start(plan.layout, torch.device("cpu"))
+    if ranks.is_main:
+        time.sleep(1)
+        return FAILED
+    try:
+        raise KeyError("spanner")
+    except KeyError as error:
+        return _tell(error, plan)
+    finally:
+        time.sleep(3)
+
+
+def test_an_error_that_nobody_foresaw_is_told_whichever_rank_ends_first(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(2, torch.device("cpu"), _one_fails_in_a_run, str(tmp_path)) == FAILED
+    (said,) = capfd.readouterr().err.splitlines()
+    found = re.fullmatch(r"shear-tron train: rank 1: 'spanner' \(KeyError\); (\S+) says where", said)
+    assert found
+    assert "in _one_fails_in_a_run" in Path(found[1]).read_text()
+    Path(found[1]).unlink()
 
 
 def _all_stopped() -> int:

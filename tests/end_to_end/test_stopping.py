@@ -74,6 +74,21 @@ def test_ctrl_c_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err.split("\n") == ["", told, ""]
 
 
+def test_ctrl_c_counts_where_nobody_reads_the_answer() -> None:
+    """In `train ... 2>&1 | tee log` it ends tee first."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stderr = os.dup(2)
+    os.dup2(writer, 2)
+    try:
+        with Signals() as signals:
+            signals.remember(tell=True)
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.dup2(stderr, 2)
+    assert signals.asked == signal.SIGINT
+
+
 def test_an_error_that_nobody_foresaw_is_one_line(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,10 +1,12 @@
 """A run's config while it changes on purpose: the one that made the newest checkpoint is known, whatever happens."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from inputs import CONFIG, write_checkpoint
 
+from shear_tron.checkpoint import sharded
 from shear_tron.config import ConfigError
 from shear_tron.train import claim
 from shear_tron.train.claim import claim_run_folder, record_config
@@ -43,6 +45,27 @@ def test_the_config_that_made_a_checkpoint_stays_however_often_it_changes_after(
     for weight in (2.0, 3.0):
         record_config(config(run, weight), 3)
     assert (run / "config.until-step-00000003.yaml").read_text() == made
+
+
+@pytest.mark.parametrize("back_to", [0, 3])
+def test_a_config_of_a_checkpoint_that_is_gone_binds_nobody(run: Path, back_to: int) -> None:
+    """Of a run that begins anew in its folder, or goes on from an earlier checkpoint, another one gets its name."""
+    write_checkpoint(run, 4)
+    record_config(config(run, 2.0), 4)
+    shutil.rmtree(run / "checkpoints" if back_to == 0 else sharded.path(run, 4))
+    record_config(config(run, 2.0), back_to)
+    write_checkpoint(run, 4)
+    assert claim_run_folder(config(run, 2.0)) == []
+
+
+def test_an_earlier_checkpoint_is_of_the_config_before_the_change(run: Path) -> None:
+    write_checkpoint(run, 4)
+    record_config(config(run, 2.0), 4)
+    shutil.rmtree(sharded.path(run, 4))
+    assert claim_run_folder(config(run, 1.0)) == []
+    assert claim_run_folder(config(run, 2.0), ALLOWED) == ["data.weights"]
+    record_config(config(run, 2.0), 3)
+    assert claim_run_folder(config(run, 2.0), ALLOWED) == ["data.weights"]
 
 
 def test_a_run_that_is_killed_while_its_config_changes_is_not_locked_out(

@@ -162,6 +162,12 @@ def test_plan_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert "stage 2, assumed: " in told
 
 
+def test_a_table_may_say_that_further_ranks_cost_nothing(tmp_path: Path) -> None:
+    rates = ["memory", "peak", "products", "attention", "bandwidth", "within_node", "between_nodes", "per_node"]
+    (tmp_path / "table.yaml").write_text(f"mine: {{{', '.join(f'{key}: 8' for key in rates)}, hop: 0}}\n")
+    assert device("mine", str(tmp_path / "table.yaml")).hop == 0
+
+
 def test_small_numbers_are_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     architecture = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     architecture |= {"intermediate_size": 128, "vocab_size": 320, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}

@@ -168,11 +168,13 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     weights = tensors(architecture)
     save_tokenizer(tmp_path / "tokenizer")
     save_tokenizer(tmp_path / "odd", pre_tokenizers.Whitespace())
+    save_tokenizer(tmp_path / "unigram")
+    Tokenizer(models.Unigram([("a", -1.0)])).save(str(tmp_path / "unigram" / "tokenizer.json"))
 
     def refuse(match: str, given: Any, file: str = "out.gguf", tokenizer: str = "tokenizer", **how: Any) -> None:
         with pytest.raises(ValueError, match=match):
             write(tmp_path / file, architecture, given, tokenizer_from=tmp_path / tokenizer, **how)
-        assert {path.name for path in tmp_path.iterdir()} == {"tokenizer", "odd"}
+        assert {path.name for path in tmp_path.iterdir()} == {"tokenizer", "odd", "unigram"}
 
     refuse("use .*out.gguf", weights.items(), file="out")
     refuse("lm_head was not given", list(weights.items())[:-1])
@@ -182,6 +184,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     large = {**weights, "layers.0.up": torch.full((96, 64), 7e4)}
     refuse("layers.0.up holds values beyond the range of torch.float16", large.items(), kind="float16")
     refuse(r"how this tokenizer cuts text \(Whitespace\) is not known", weights.items(), tokenizer="odd")
+    refuse("a tokenizer of type 'Unigram' is not written as GGUF; use BPE", weights.items(), tokenizer="unigram")
 
 
 def test_tensors_may_come_in_any_order(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ ARROWS = {
     "hub": set(),
     "progress": set(),
     "quick": set(),
+    "unforeseen": set(),
     "transfer": set(),
     **{noun: set(NOUNS[:place]) for place, noun in enumerate(NOUNS)} | {"keep": {*NOUNS[:-1], "transfer"}},
     "config": {"files", "reading"},
@@ -24,7 +25,7 @@ ARROWS = {
     "parallel": {*NOUNS, "model", "config", "transfer"},
     "checkpoint": {*NOUNS, "files", "reading", "hub", "parallel"},  # parallel.agree, no more
     "train": {
-        *(*NOUNS, "transfer", "files", "progress", "reading", "hub", "config"),
+        *(*NOUNS, "transfer", "files", "progress", "reading", "unforeseen", "hub", "config"),
         *("data", "pruning", "model", "parallel", "checkpoint"),
     },
     "explain": {"config"},
@@ -33,8 +34,8 @@ ARROWS = {
     "arguments": {"explain"},  # to complete keys
     "forecast": {*NOUNS, "reading", "hub", "config", "data", "model", "parallel", "checkpoint", "train"},
     "cli": {
-        *("arguments", "quick", "forecast", "use", "config", "explain", "data", "parallel", "train", "checkpoint"),
-        "report",
+        *("arguments", "quick", "unforeseen", "forecast", "use", "config", "explain", "data", "parallel", "train"),
+        *("checkpoint", "report"),
     },
     "__main__": {"cli"},
 }

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 
 from shear_tron import cli
 from shear_tron.data.manifest import Manifest
+from shear_tron.data.mds import _described, samples
 from shear_tron.data.sampler import Windows
 
 VOCABULARY = {"<s>": 1, "</s>": 2, "<unk>": 0} | {f"w{i}": i for i in range(3, 300)}
@@ -90,3 +91,15 @@ def test_what_does_not_belong_together_is_refused(theirs: Path, capsys: pytest.C
     given = ["import", str(theirs / "for_prune"), str(theirs / "data"), "--tokenizer", str(theirs / "words")]
     assert cli.main(given) == 2
     assert "give those held out with --held-out FOLDER" in capsys.readouterr().err
+
+
+def test_a_file_cut_short_anywhere_is_named(tmp_path: Path) -> None:
+    write_mds(tmp_path / "a", [[b"1234"]])
+    file = tmp_path / "a" / "shard.00000.mds"
+    whole = file.read_bytes()
+    (described,) = _described(tmp_path / "a")
+    head = np.array([1, 12, 14], "<u4").tobytes()  # and a sample of two bytes
+    for content in (*(whole[:length] for length in range(len(whole))), head + b"xx"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"shard.00000.mds .*; copy it again"):
+            list(samples(tmp_path / "a", described))

@@ -7,6 +7,7 @@ import torch
 
 from shear_tron.pruning.gates import Gates
 from shear_tron.pruning.snapshot import snapshot
+from shear_tron.report import story
 from shear_tron.shape import Shape
 from shear_tron.train import metrics
 from shear_tron.train.metrics import GATES, LOG, Log
@@ -73,3 +74,10 @@ def test_a_snapshot_tells_means_of_blocks_by_layer() -> None:
     # 200 = 8 blocks of 4 and 56 of 3, neighbours together
     assert told["hidden"][0] == pytest.approx(exact["hidden"][:4].mean().item(), abs=6e-4)
     assert told["hidden"][-1] == pytest.approx(exact["hidden"][-3:].mean().item(), abs=6e-4)
+
+
+def test_a_report_asks_for_steps_where_none_was_made(tmp_path: Path) -> None:
+    """Units chosen by train.steps=0 leave a line of losses, in a log that is whole."""
+    write(tmp_path, '{"step": 0, "tokens": 0, "weights": {"a": 1.0}, "held_out": {"a": 3.0}}', "")
+    with pytest.raises(ValueError, match=r"has not finished its first step .* train\.steps=0"):
+        story.read([tmp_path], [])

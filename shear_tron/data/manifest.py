@@ -108,12 +108,15 @@ class Manifest:
     domains: dict[DomainName, Domain]
 
     @classmethod
-    def read(cls, folder: str, tokenizer: str | None = None, vocab: int | None = None) -> "Manifest":
+    def read(
+        cls, folder: str, tokenizer: str | None = None, vocab: int | None = None, shards: bool = True
+    ) -> "Manifest":
         """Read ``folder/domains.json`` and check the size of every shard (no shard is opened).
 
         ``tokenizer`` is the model's tokenizer (file or folder) and ``vocab`` the rows of its embedding: ValueError
         when the data was not made for them. A model may have more rows than ids, as padded embeddings do, by a
-        sixteenth at most. ValueError too for a folder that was never prepared, or a missing or truncated shard.
+        sixteenth at most. ``shards``: False for who needs what is said of them, and not them. ValueError too for a
+        folder that was never prepared, or a missing or truncated shard.
         """
         file = Path(folder) / FILE
         if not file.is_file():
@@ -128,7 +131,7 @@ class Manifest:
         except ValueError as error:
             raise ValueError(f"{file} is damaged ({in_one_line(error)}); run `shear-tron prepare` again") from None
         manifest._check_model(tokenizer, vocab)
-        for shard in manifest.shards():
+        for shard in manifest.shards() if shards else ():
             require_size(folder, shard, manifest.token_bytes)
         return manifest
 

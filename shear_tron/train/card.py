@@ -50,10 +50,10 @@ def card(run: RunFolder, name: str, architecture: Architecture, source: Architec
     return "\n\n".join(parts) + "\n"
 
 
-def publish(run: RunFolder, folder: Path, architecture: Architecture, source: Architecture, command: str) -> None:
+def publish(run: RunFolder, folder: Path, text: str) -> None:
     """Put into an exported Hugging Face folder what others look for there: the card, licence files of the source, and
     generation_config.json, made of the special tokens where the source has none."""
-    (folder / CARD).write_text(card(run, folder.name, architecture, source, command), "utf-8")
+    (folder / CARD).write_text(text, "utf-8")
     for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"):
         for file in run.model.glob(pattern):
             shutil.copyfile(file, folder / file.name)
@@ -138,7 +138,7 @@ def _data(run: RunFolder, steps: Sequence[Mapping[str, Any]]) -> str:
 def _licence(run: RunFolder) -> str:
     lines = ["The licence of the first model under Lineage covers the weights; shear-tron adds no terms of its own."]
     if (run.data / FILE).exists():
-        domains = Manifest.read(str(run.data)).domains
+        domains = Manifest.read(str(run.data), shards=False).domains  # which may be gone by now
         known = [f"{name}: {domain.licence}" for name, domain in domains.items() if domain.licence]
         lines += [f"Texts: {'; '.join(known)}."] if known else []
     return " ".join(re.sub(r"\s+", " ", line) for line in lines)

@@ -16,7 +16,7 @@ from shear_tron.progress import bar
 from shear_tron.pruning.extract import extract as dense_model
 from shear_tron.pruning.make import read_method
 from shear_tron.pruning.reached import missed, told
-from shear_tron.train.card import publish
+from shear_tron.train.card import card, publish
 from shear_tron.train.handover import hand_over, require_samples
 from shear_tron.train.run_folder import RunFolder
 
@@ -72,9 +72,10 @@ def _write(
     if form.format != "huggingface":
         said = write_model(output, architecture, given, form, run.tokenizer)
         return f"; {said}" if said else ""
+    text = card(run, Path(output).name, architecture, source, f"shear-tron {verb} {run.path} {output}")
     with atomic(output) as partial:
         write_model(partial, architecture, given, form, run.tokenizer)
-        publish(run, partial, architecture, source, f"shear-tron {verb} {run.path} {output}")
+        publish(run, partial, text)
     return "".join(f"; {objection}" for objection in objections(architecture))
 
 

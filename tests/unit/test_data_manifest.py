@@ -41,3 +41,13 @@ def test_what_is_elsewhere_or_of_another_size_is_refused(
         Manifest.read(str(tmp_path / "data"))
     assert "run `shear-tron prepare` again" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_what_is_said_of_shards_can_be_read_without_them(tmp_path: Path) -> None:
+    write_data_in(tmp_path / "data")
+    whole = Manifest.read(str(tmp_path / "data"))
+    for file in (tmp_path / "data").rglob("*.ds"):
+        file.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        Manifest.read(str(tmp_path / "data"))
+    assert Manifest.read(str(tmp_path / "data"), shards=False) == whole

@@ -151,6 +151,11 @@ def in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says before it explains itself, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def _nested(value: dict[Any, Any] | list[Any] | tuple[Any, ...] | set[Any]) -> bool:
     inner = value.values() if isinstance(value, dict) else value
     long = (isinstance(each, str | bytes) and len(each) > 60 for each in inner)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shear_tron.architecture import Architecture
 from shear_tron.params import params
+from shear_tron.reading import first_line
 from shear_tron.shape import Shape
 
 _NAMES = {
@@ -93,8 +94,9 @@ def _load(file: Path) -> Mapping[str, Tensor]:
     try:
         content: Any = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except Exception as error:  # where bytes are damaged, whatever the restricted unpickler comes upon
+        reason = first_line(error)[:200]
         raise ValueError(
-            f"{file} is damaged, or holds more than tensors, which is not loaded ({_first_line(error)}); where it was "
+            f"{file} is damaged, or holds more than tensors, which is not loaded ({reason}); where it was "
             "made, torch.save(torch.load(file)['state']['model'], 'weights.pt') and import that"
         ) from None
     if isinstance(content, dict) and isinstance(content.get("state"), dict):
@@ -104,7 +106,3 @@ def _load(file: Path) -> Mapping[str, Tensor]:
     ):
         raise ValueError(f"{file} is no state dict; give one of the released code, such as latest-rank0.pt")
     return {name: tensor for name, tensor in content.items() if "rotary" not in name}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__

@@ -15,6 +15,8 @@ from typing import Any, Literal, cast
 
 import fsspec  # type: ignore[import-untyped]
 
+from shear_tron.reading import first_line
+
 Format = Literal["jsonl", "parquet", "text", "datasets"]
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
@@ -102,8 +104,9 @@ def read(piece: Piece, format: Format, fields: Fields) -> Iterator[str | object]
     try:
         yield from (text for text in reader(piece, fields) if text is not None)
     except (EOFError, OSError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{piece.path} cannot be read to its end ({reason}); it is damaged or incomplete") from error
+        raise ValueError(
+            f"{piece.path} cannot be read to its end ({first_line(error)}); it is damaged or incomplete"
+        ) from error
 
 
 @contextmanager

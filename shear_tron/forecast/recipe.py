@@ -120,10 +120,9 @@ def _candidate(title: str, found: Candidate, stage: Stage, device: Device) -> li
                 f"{step.mfu(device, layout.world):.0%}: "
                 + ", ".join(f"{part} {_short(seconds * size)}" for part, seconds in largest)
             )
-    traffic = found.dense.traffic.items()
-    sent = ", ".join(
-        f"{axis} {_short(size / GB)}" for axis, size in traffic if size > 1e-4 * sum(dict(traffic).values())
-    )
+    traffic = found.dense.traffic
+    least = 1e-4 * sum(traffic.values())
+    sent = ", ".join(f"{axis} {_short(size / GB)}" for axis, size in traffic.items() if size > least)
     lines.append(f"    each rank sends per step, GB: {sent or 'nothing'}")
     hours = found.seconds * stage.steps / 3600
     lines.append(f"    stage    {_duration(hours)}, {_short(hours * layout.world)} GPU-hours")

@@ -15,6 +15,7 @@ from shear_tron.report.figures import Figure, figures, verdict
 from shear_tron.report.story import TOLERANCE, Stage, Story, mean
 from shear_tron.report.units import SPARSITIES, duration, memory, short
 
+_TOLERANCE = f"{100 * TOLERANCE:.0f} %"
 LIBRARY = "window.vegaEmbed = vegaEmbed;"
 TEMPLATES = Path(__file__).parent
 SIZES = ("hidden", "layers", "heads", "kv_heads", "ffn")
@@ -39,6 +40,7 @@ def render(story: Story) -> str:
         tiles=_tiles(story),
         lineage=_lineage(story),
         sizes=SIZES,
+        tolerance=_TOLERANCE,
         losses=_losses(story),
         stages=[(stage, _facts(stage)) for stage in (*story.stages, *story.baselines)],
         charts=charts,
@@ -94,7 +96,7 @@ def _tiles(story: Story) -> list[dict[str, Any]]:
         kinds = [end for end in story.pruning.misses if end.kind]
         missed = [SPARSITIES[end.kind] for end in kinds if end.missed]
         value = f"{len(missed)} of {len(kinds)} missed" if missed else f"all {len(kinds)} reached"
-        note = ", ".join(missed) or f"within {TOLERANCE:.0%} of the units of each kind"
+        note = ", ".join(missed) or f"within {_TOLERANCE} of the units of each kind"
         tiles.append({"name": "targets", "value": value, "note": note, "bad": bool(missed)})
     tokens = " + ".join(short(stage.tokens) for stage in story.stages)
     took = duration(sum(stage.seconds for stage in story.stages))

@@ -11,7 +11,8 @@ help: ## these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/demo ## the main job on a real model: prune, extract, continue, export, open in transformers
-	$(BIN)/python examples/smollm2/demo.py --processes $(PROCESSES) --recipe $(RECIPE) $(OVERRIDES)
+	$(BIN)/python examples/smollm2/demo.py --processes $(PROCESSES) --recipe $(RECIPE) \
+		$(if $(STEPS),--steps $(STEPS)) $(if $(RESUME),--resume) $(OVERRIDES)
 
 study: .venv/ready ## which way of choosing units is best (examples/study): hours; goes on where it stopped
 	$(BIN)/python examples/study/study.py runs/study

@@ -94,7 +94,8 @@ class Pruner:
                 kind: torch.zeros(scores.shape, dtype=torch.float64) for kind, scores in self.method.scores.items()
             }
             if self.topology.is_main:
-                scores |= magnitude(read, self.source)
+                found = magnitude(read, self.source)
+                scores = {kind: found[kind] for kind in scores}  # not of kinds that stay whole: other ranks sum these
             self.method.set_scores({kind: sync.sum_over_ranks(own, self.topology) for kind, own in scores.items()})
         self.method.close(0)
 

@@ -73,6 +73,21 @@ def test_units_are_chosen_at_once_without_a_step(world: Path, tmp_path: Path) ->
     assert metrics.read(tmp_path / "random")[-1]["held_out"] != cut
 
 
+@pytest.mark.parametrize("method", ["fisher", "magnitude", "activation", "random"])
+def test_a_target_that_keeps_some_kinds_whole_is_cut_alike_by_replicas(
+    world: Path, tmp_path: Path, method: str
+) -> None:
+    target = ["prune.target={layers: 2, ffn: 32}", "prune.warmup_steps=0", "prune.calibration_batches=2"]
+    once = [f"prune.method={method}", *target, "train.steps=0"]
+    train(world, tmp_path / "alone", *once)
+    run(2, on_ranks, str(world / "prune.yaml"), [f"run={tmp_path}/ranks", *once, "parallel.shard=1"])
+    alone, ranks = final_state(tmp_path / "alone"), final_state(tmp_path / "ranks")
+    kinds = sorted(name for name in alone if name.startswith("scores."))
+    assert kinds == ["scores.ffn", "scores.layers"]
+    for kind in kinds:
+        assert torch.equal(alone[kind] >= 0, ranks[kind] >= 0), kind
+
+
 def test_adam_goes_on_across_the_cut_under_one_schedule(world: Path, tmp_path: Path) -> None:
     """After one step with and without the earlier moments, what differs is exactly their part, cut like the weights."""
     method = ["prune.method=fisher", "prune.warmup_steps=1", "train.steps=4", "prune.calibration_batches=1"]

@@ -1,8 +1,9 @@
-"""From a study's results to what may be said: python examples/study/analyse.py OUT
+"""From a study's results to what may be said: python examples/study/analyse.py OUT [--arm ARM]
 
 Writes OUT/study.csv (a line per run), OUT/tables.md (both tables, and how far selections agree) and OUT/study.png (loss
 over operations, a line per arm). Differences to the reference arm are taken window by window and seed by seed; their
 standard error is that of a bootstrap over both. A win is a difference beyond two of them with one sign in every seed.
+With --arm it only prints how that arm stands next to every other.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def verdict(difference: float, error: float, by_seed: list[float]) -> str:
 def agreement(one: Values, other: Values, sizes: Values) -> dict[str, tuple[float, float]]:
     """By kind: the share of kept units that two runs have in common, and what chance would give."""
     found = {}
-    for kind in one["kept"].keys() & other["kept"].keys():
+    for kind in sorted(one["kept"].keys() & other["kept"].keys()):
         pairs = list(zip(one["kept"][kind], other["kept"][kind], strict=False))
         shared = [len(set(a) & set(b)) / max(1, len(a)) for a, b in pairs]
         found[kind] = (float(np.mean(shared)), len(one["kept"][kind][0]) / sizes[kind])
@@ -97,13 +98,13 @@ def predicted(results: list[Values], said: Values) -> list[str]:
     return lines
 
 
-def claimed(results: list[Values], said: Values) -> list[str]:
-    """The arm that is claimed to be best next to every other, at equal tokens."""
+def next_to_others(claim: str, results: list[Values], said: Values) -> list[str]:
+    """The arm ``claim`` next to every other, at equal tokens."""
     of = {arm: [r for r in results if r["arm"] == arm and r["table"] == "tokens"] for arm in said["arms"]}
-    lines = [f"| {said['claim']} minus | difference ± s.e. | by seed | |", "|---|---|---|---|"]
+    lines = [f"| {claim} minus | difference ± s.e. | by seed | |", "|---|---|---|---|"]
     for arm, runs in of.items():
-        if arm != said["claim"] and runs and of[said["claim"]]:
-            gap, error, by_seed = paired(of[said["claim"]], runs)
+        if arm != claim and runs and of[claim]:
+            gap, error, by_seed = paired(of[claim], runs)
             seeds = ", ".join(f"{each:+.3f}" for each in by_seed)
             lines.append(f"| {arm} | {gap:+.4f} ± {error:.4f} | {seeds} | {verdict(gap, error, by_seed)} |")
     return lines
@@ -151,11 +152,16 @@ def draw(results: list[Values], picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--arm")
+    arguments = parser.parse_args()
+    out = arguments.out
     said = yaml.safe_load((out / "study.yaml").read_text())
     source = json.loads((out / "results" / "source.json").read_text())
     files = sorted(file for file in (out / "results").glob("*.json") if file.name != "source.json")
     results = [json.loads(file.read_text()) for file in files]
+    if arguments.arm is not None:
+        print("\n".join(next_to_others(arguments.arm, results, said)))
+        return
     with (out / "study.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["table", "arm", "seed", "rate", "tokens", "operations", "loss", "choice", *source["losses"]])
@@ -170,7 +176,7 @@ def main() -> None:
     for name in ("tokens", "operations"):
         if any(each["table"] == name for each in results):
             text += [f"Equal {name}", "", *table(name, results, reference, source), ""]
-    text += ["The claim", "", *claimed(results, said), ""]
+    text += ["The claim", "", *next_to_others(said["claim"], results, said), ""]
     text += ["Predictions", "", *predicted(results, said), "", "Selections", "", *selections(results, said)]
     (out / "tables.md").write_text("\n".join(text) + "\n")
     draw(results, out / "study.png")

@@ -56,8 +56,8 @@ def main() -> None:
     if not (runs / "sheared").exists():
         step("5/7 extract", [*shear_tron, "extract", str(runs / "prune"), str(runs / "sheared")])
     step("6/7 continue pre-training", [*torchrun, *continued, *arguments.overrides], threads)
-    if not (runs / "final").exists():
-        step("7/7 export", [*shear_tron, "export", str(runs / "continue"), str(runs / "final")])
+    shutil.rmtree(runs / "final", ignore_errors=True)  # of a shorter run, if this one went on
+    step("7/7 export", [*shear_tron, "export", str(runs / "continue"), str(runs / "final")])
     report(arguments.recipe, None if arguments.resume else time.perf_counter() - began)
 
 

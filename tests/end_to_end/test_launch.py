@@ -105,6 +105,23 @@ def test_a_rank_that_could_say_nothing_is_spoken_for() -> None:
         launch(2, torch.device("cpu"), _one_is_killed)
 
 
+CRASH = """
+import os, signal, torch
+from shear_tron.parallel.topology import Layout, start
+def step():
+    os.kill(os.getpid(), signal.SIGSEGV)
+start(Layout(), torch.device("cpu"))
+step()
+"""
+
+
+def test_a_rank_that_dies_in_native_code_says_where_it_was() -> None:
+    done = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert done.stderr.startswith("Fatal Python error: Segmentation fault")
+    assert "in step" in done.stderr
+
+
 def test_a_launcher_that_is_told_to_end_tells_its_ranks(world: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "shear_tron", "train", str(world / "prune.yaml"), f"run={tmp_path}/run"]
     running = subprocess.Popen([*command, "train.steps=5000", "--nproc", "2"], stderr=subprocess.PIPE, text=True)

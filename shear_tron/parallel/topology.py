@@ -5,7 +5,9 @@ copy of the weights between them (FSDP), ranks along ``replicate`` hold copies. 
 environment variables: those that torchrun sets.
 """
 
+import faulthandler
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, cached_property
@@ -18,7 +20,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from shear_tron.architecture import Architecture
 from shear_tron.config import ConfigError
 from shear_tron.parallel.config import ParallelConfig
-from shear_tron.parallel.process import prepare
 from shear_tron.params import Row, by_leaf, matrices
 from shear_tron.shape import Shape, divisors, require_split
 
@@ -189,7 +190,8 @@ def choose_device(wanted: str) -> torch.device:
 
 def start(layout: Layout, device: torch.device, timeout_seconds: int = 600) -> Topology:
     """Join the ranks. Under torchrun by its environment, alone without it; a process group already there is used."""
-    prepare(device)
+    if sys.__stderr__:
+        faulthandler.enable(sys.__stderr__)  # a rank that dies in native code says where it was
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -160,6 +160,8 @@ def main() -> None:
     files = sorted(file for file in (out / "results").glob("*.json") if file.name != "source.json")
     results = [json.loads(file.read_text()) for file in files]
     if arguments.arm is not None:
+        if arguments.arm not in said["arms"]:
+            parser.error(f"--arm {arguments.arm}: no arm of {out / 'study.yaml'}, which has {', '.join(said['arms'])}")
         print("\n".join(next_to_others(arguments.arm, results, said)))
         return
     with (out / "study.csv").open("w", newline="") as file:

@@ -1,4 +1,4 @@
-"""What a study that goes on from a recorded one begins with."""
+"""What a study that goes on from a recorded one begins with, and what its analysis is asked for."""
 
 import runpy
 import sys
@@ -22,3 +22,14 @@ def test_what_is_recorded_is_kept_to_its_source(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(SystemExit, match="has a source of its own"):
         begin_with(tmp_path / "recorded", tmp_path / "other")
     assert not (tmp_path / "other" / "tuned.json").exists()
+
+
+def test_an_arm_that_is_none_is_named_with_those_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["analyse.py", str(STUDY / "recorded"), "--arm", "fischer"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(STUDY / "analyse.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert "--arm fischer: " in said
+    assert "fisher_once" in said

@@ -73,7 +73,8 @@ def files_and_overrides(recipe: str, steps: int | None) -> tuple[list[str], list
     if recipe in ("magnitude", "random"):
         runs = RUNS / recipe
         prune += [f"run={runs}/prune", f"prune.method={recipe}"]
-        continued += [f"run={runs}/continue", f"model={runs}/sheared", f"data.weights={runs}/prune"]
+        continued += [f"run={runs}/continue", f"model={runs}/sheared"]
+        continued += [f"data.weights={runs}/prune", f"data.after={runs}/prune"]
         continued += [f"data.reference_losses={runs}/prune/reference_losses.json", f"optimizer.moments={runs}/prune"]
     return prune, continued
 

@@ -18,6 +18,7 @@ class DataConfig(Section):
     sequence: PositiveInt  # tokens a training window predicts
     # starting mixture, normalised: a weight a domain, "proportional" to their tokens, or a run folder: that run's final
     weights: dict[str, Share] | str = "proportional"
+    after: str | None = None  # a run folder: begin with the samples after those it used; none: with the first
     # a loss per domain, a JSON or YAML file of them, or "source": measured from the model before the first step
     reference_losses: dict[str, float] | str | None = None
     update_every: int = Field(0, ge=0)  # steps between updates of the mixture; 0: constant

@@ -82,6 +82,7 @@ data:
   folder: {data}
   sequence: {sequence}
   weights: {pruned} # go on from the mixture that pruning ended with
+  after: {pruned} # and with the samples after its last
   reference_losses: {pruned}/reference_losses.json # the source's own losses
   update_every: {update}     # steps between updates of the mixture
   evaluate_windows: {windows}

@@ -10,6 +10,7 @@ from shear_tron.data.permutation import Integers
 from shear_tron.data.sampler import Sampler, Windows
 from shear_tron.train.cache import FILE, Cache, Facts, require_same
 from shear_tron.train.config import RunConfig
+from shear_tron.train.samples import sampler_of
 
 HEADROOM = 3.0  # where the mixture moves, a domain may be asked for so much more than its start (docs/data.md)
 
@@ -24,12 +25,15 @@ def drawn(
     sequence, seed, prune = config.data.sequence, config.train.seed, config.prune
     before = prune.calibration_batches * (1 + prune.rotate) if prune else 0  # that scoring and rotating use up at most
     samples = (before + config.train.steps) * config.train.batch
-    domains = Sampler(manifest, list(mixture), sequence, seed).draw(samples, list(mixture.values())).domain
+    sampler = sampler_of(config, manifest, list(mixture))
+    earlier = sampler.state()["drawn"]
+    domains = sampler.draw(samples, list(mixture.values())).domain
     found = {}
     for name, count in zip(mixture, np.bincount(domains, minlength=len(mixture)).tolist(), strict=True):
         most = Windows(manifest, manifest.domain(name).train, sequence).count
-        draw = Sampler(manifest, [name], sequence, seed).draw(min(ceil(count * headroom), most), [1.0])
-        found[name] = np.unique(draw.window)
+        own = Sampler(manifest, [name], sequence, seed)
+        own.restore(own.state() | {"drawn": {name: earlier[name]}})
+        found[name] = np.unique(own.draw(min(ceil(count * headroom), most), [1.0]).window)
     return found
 
 

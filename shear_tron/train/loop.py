@@ -13,7 +13,7 @@ from torch import Tensor
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.checkpointer import Checkpointer
 from shear_tron.data.mixture import Mixture
-from shear_tron.data.sampler import Batches, Sampler
+from shear_tron.data.sampler import Batches
 from shear_tron.files import write_atomically
 from shear_tron.model.context import DENSE
 from shear_tron.model.flops import flops
@@ -34,6 +34,7 @@ from shear_tron.train.optimizer import adamw, moments, start_moments
 from shear_tron.train.plan import Inputs, Plan
 from shear_tron.train.pruner import Pruner
 from shear_tron.train.resume import go_back, resume
+from shear_tron.train.samples import sampler_of
 from shear_tron.train.schedule import rate_factor
 from shear_tron.train.speed import StepCost
 from shear_tron.train.spikes import Spikes
@@ -85,7 +86,7 @@ class Trainer:
         self.stop_signal = self.save_is_due = 0  # of this step: what the ranks agreed on
         self.back_to: Path | None = None  # a checkpoint: the loss jumped
         self.mixture: Mixture | None = None
-        self.sampler = Sampler(inputs.manifest, inputs.names, self.config.data.sequence, train.seed)
+        self.sampler = sampler_of(self.config, inputs.manifest, inputs.names)
         self.share = train.batch // topology.layout.dp  # sequences of a batch that this rank computes
         self.held_out = HeldOut(inputs.manifest, inputs.names, self.config.data, self.engine, topology, self.share)
         if self.config.data.verify:

@@ -13,7 +13,7 @@ from shear_tron.architecture import Architecture
 from shear_tron.checkpoint import sharded
 from shear_tron.checkpoint.huggingface_config import architecture_config
 from shear_tron.checkpoint.model_folder import Model, is_nanotron, open_model, read_architecture
-from shear_tron.config import ConfigError, Problems, load
+from shear_tron.config import ConfigError, Problems
 from shear_tron.data.manifest import Manifest
 from shear_tron.data.mixture import Mixture
 from shear_tron.data.tokens import document_ends
@@ -27,7 +27,7 @@ from shear_tron.train.cache import Cache
 from shear_tron.train.config import RunConfig
 from shear_tron.train.drawn import require_cached
 from shear_tron.train.moments import require_pruned_to, require_same_model
-from shear_tron.train.run_folder import CONFIG
+from shear_tron.train.samples import mixture_of, sampler_of
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def inputs(plan: Plan) -> Inputs:
     manifest = Manifest.read(config.data.folder, tokenizer=tokenizer_of(config), vocab=shape.vocab)
     mixture = mixture_of(config, manifest)
     names, proportions = tuple(mixture), tuple(mixture.values())
+    sampler_of(config, manifest, names)  # can be made
     references = _references(config.data.reference_losses)
     if references is not None:
         Mixture(names, proportions, references, config.data.mixture)
@@ -179,44 +180,6 @@ def _require_teacher(config: RunConfig, student: Architecture, world: int) -> No
         Layout.plan(config.parallel, teacher.shape, world)
     except ValueError as error:
         raise ConfigError(f"distill.teacher={config.distill.teacher}: {error}") from None
-
-
-def mixture_of(config: RunConfig, manifest: Manifest) -> dict[str, float]:
-    """Starting weights by domain, of domains that can be trained on and evaluated. Raises ValueError in one line."""
-    mixture = _mixture(config.data.weights, manifest)
-    manifest.require(tuple(mixture))
-    for name in mixture:
-        _require_held_out(manifest, name, config.data.sequence)
-    return mixture
-
-
-def _mixture(given: dict[str, float] | str, manifest: Manifest) -> dict[str, float]:
-    """Starting weights by domain."""
-    if not isinstance(given, str):
-        return given
-    if given == "proportional":
-        return {name: float(manifest.domain(name).tokens()) for name in manifest.domains}
-    run, options = Path(given), "give the folder of a finished run, a weight for each domain, or `proportional`"
-    checkpoint = sharded.latest(run)
-    if checkpoint is None or not (run / CONFIG).exists():
-        state = "holds no run with a checkpoint" if run.is_dir() else "is not a folder"
-        raise ConfigError(f"data.weights={given} {state}; {options}")
-    progress, steps = saved.progress(checkpoint), load(RunConfig, run / CONFIG).train.steps
-    if progress.step < steps:
-        raise ConfigError(
-            f"data.weights={given} is a run that stopped at step {progress.step} of {steps}, its mixture is not final; "
-            f"finish it, or {options}"
-        )
-    return dict(progress.state["mixture"]["weights"])
-
-
-def _require_held_out(manifest: Manifest, name: str, sequence: int) -> None:
-    tokens = manifest.domain(name).tokens("held_out")
-    if tokens <= sequence:
-        raise ConfigError(
-            f"domain {name!r} of {manifest.folder} has {tokens} held-out tokens, less than one window of data.sequence="
-            f"{sequence} plus 1; prepare it with a larger held_out, use a shorter sequence, or leave the domain out"
-        )
 
 
 def _references(given: dict[str, float] | str | None) -> dict[str, float] | None:

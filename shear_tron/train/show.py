@@ -15,7 +15,8 @@ from shear_tron.params import count, params
 from shear_tron.pruning.gates import LIMIT
 from shear_tron.train.config import RunConfig
 from shear_tron.train.drawn import forecast
-from shear_tron.train.plan import Plan, mixture_of, plan, tokenizer_of
+from shear_tron.train.plan import Plan, plan, tokenizer_of
+from shear_tron.train.samples import mixture_of
 from shear_tron.train.schedule import rate_factor
 
 # float32 weight, gradient and two moments of Adam
@@ -41,9 +42,9 @@ def show(config: RunConfig, world: int | None = None, source: RunConfig | None =
             raise ConfigError("--after wants the config of a pruning run; this one has no `prune` section")
         found = source.source(read_architecture(source.model))
         architecture = found.resized(source.prune.target.shape(found.shape))
-        if config.data.weights == source.run:  # its final mixture, which nobody knows yet
-            begun = config.data.model_copy(update={"weights": source.data.weights})
-            config = config.model_copy(update={"data": begun})
+        unknown: dict[str, object] = {"weights": source.data.weights, "after": None}  # where the source will end
+        begun = {key: value for key, value in unknown.items() if getattr(config.data, key) == source.run}
+        config = config.model_copy(update={"data": config.data.model_copy(update=begun)})
     planned = plan(config, world or parallel.pp * parallel.tp * (parallel.dp or 1), architecture)
     lines = [f"model    {config.model}", *_shapes(planned), *_layout(planned), *_tokens(planned)]
     return planned, "\n".join([*lines, *_gates(config), *_data(planned)])

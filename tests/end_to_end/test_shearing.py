@@ -89,6 +89,40 @@ def test_continued_training_starts_from_the_final_mixture_of_the_pruning_run(
         assert message in capsys.readouterr().err
 
 
+def test_what_pruning_has_read_does_not_come_again(
+    pruned: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `data.after` a run's samples, and those that a cache of its teacher is filled with, are the next ones."""
+    from shear_tron.config import load
+    from shear_tron.data.manifest import Manifest
+    from shear_tron.data.sampler import Sampler
+    from shear_tron.train.config import RunConfig
+    from shear_tron.train.drawn import drawn
+
+    after = [f"run={tmp_path}/continued", "prune=null", "train.steps=2", "data.update_every=0", f"data.after={pruned}"]
+    train(world / "prune.yaml", *after)
+    saved = [sharded.latest(folder) for folder in (pruned, tmp_path / "continued")]
+    ended, continued = (sharded.progress(folder).state for folder in saved if folder)
+    manifest, config = Manifest.read(str(world / "data")), load(RunConfig, tmp_path / "continued" / "config.yaml")
+    mixture = continued["mixture"]["weights"]
+    sampler = Sampler(manifest, list(mixture), 16, config.train.seed)
+    sampler.restore(ended["sampler"])
+    draw = sampler.draw(2 * 8, list(mixture.values()))
+    assert sampler.state() == continued["sampler"]
+    assert ended["sampler"]["number"] > 0
+    for place, (name, windows) in enumerate(drawn(config, manifest, mixture).items()):
+        assert set(windows.tolist()) == set(draw.window[draw.domain == place].tolist()), name
+
+    for given, message in (
+        ("train.seed=7", f"data.after={pruned}: the sampler's saved seed="),
+        ("data.sequence=8", f"data.after={pruned}: the sampler's saved sequence=16 is not this run's 8"),
+        (f"data.after={tmp_path}", f"data.after={tmp_path} holds no run with a checkpoint"),
+    ):
+        assert cli.main(["train", str(world / "prune.yaml"), *after, f"run={tmp_path}/other", given]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_extracting_changes_nothing(pruned: Path, world: Path, tmp_path: Path) -> None:
     """The dense model's held-out loss is the masked model's, as the pruning run measured it."""
     assert cli.main(["extract", str(pruned), str(tmp_path / "small")]) == 0
